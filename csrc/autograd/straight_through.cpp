@@ -1,0 +1,77 @@
+#include "straight_through.h"
+
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include <memory>
+#include <type_traits>
+
+// Up to some torch 2.12 nodes are held by shared_ptr with this deleter, later ones by intrusive_ptr. Declared here so
+// that one source serves both; where torch has no such function nothing refers to it.
+namespace torch::autograd {
+void deleteNode(Node* function);
+}
+
+namespace quantkern {
+namespace {
+
+using torch::autograd::variable_list;
+using NodePtr = decltype(torch::autograd::Edge::function);
+
+template <class N, class Ptr = NodePtr>
+auto make_node() {
+  if constexpr (std::is_same_v<Ptr, std::shared_ptr<torch::autograd::Node>>)
+    return std::shared_ptr<N>(new N(), torch::autograd::deleteNode);
+  else
+    return c10::make_intrusive<N>();
+}
+
+at::Tensor call_backward(const at::Tensor& grad, const at::Tensor& mask, c10::SymIntArrayRef strides) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("quantkern::fake_quantize_backward", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, c10::SymIntArrayRef)>();
+  return op.call(grad, mask, strides);
+}
+
+struct StraightThroughBackward : public torch::autograd::Node {
+  variable_list apply(variable_list&& grads) override {
+    if (!grads[0].defined()) return {at::Tensor()};
+    if (every_gradient_passes) return {grads[0]};
+    return {call_backward(grads[0], mask.unpack(), strides)};
+  }
+  void release_variables() override { mask.reset_data(); }
+  std::string name() const override { return "QuantkernStraightThroughBackward"; }
+
+  torch::autograd::SavedVariable mask;
+  c10::SymDimVector strides;
+  bool every_gradient_passes = false;
+};
+
+// The gradient of fake_quantize_backward itself: it is linear in grad, with the same mask.
+at::Tensor fake_quantize_backward_autograd(const at::Tensor& grad, const at::Tensor& mask,
+                                           c10::SymIntArrayRef strides) {
+  return straight_through(grad, [&](bool) { return TensorPair(call_backward(grad, mask, strides), mask); });
+}
+
+}  // namespace
+
+bool needs_gradient(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
+
+void attach_straight_through(const at::Tensor& x, const at::Tensor& y, const at::Tensor& mask) {
+  auto node = make_node<StraightThroughBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(x));
+  node->every_gradient_passes = mask.sym_numel() == 0 && x.sym_numel() != 0;
+  if (!node->every_gradient_passes) {
+    node->mask = torch::autograd::SavedVariable(mask, /*is_output=*/false);
+    const auto strides = y.sym_strides();
+    node->strides.assign(strides.begin(), strides.end());
+  }
+  torch::autograd::set_history(y, node);
+}
+
+}  // namespace quantkern
+
+TORCH_LIBRARY_IMPL(quantkern, Autograd, m) {
+  m.impl("fake_quantize_backward", quantkern::fake_quantize_backward_autograd);
+}

@@ -1,0 +1,89 @@
+// The argument checks every device shares, with their messages: what was given, what was expected, how to mend it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <optional>
+
+#include "../numerics/affine.h"
+#include "dtype.h"
+
+namespace quantkern {
+
+inline void check_input(const at::Tensor& x) { (void)dtype_of(x); }
+
+inline void check_quant_range(int64_t quant_min, int64_t quant_max) {
+  TORCH_CHECK_VALUE(-kQuantLimit <= quant_min && quant_min < quant_max && quant_max <= kQuantLimit,
+                    "quant_min must be less than quant_max and both within +-", kQuantLimit,
+                    ", got quant_min=", quant_min, ", quant_max=", quant_max);
+}
+
+// The axis counted from the front, or nothing.
+inline std::optional<int64_t> check_axis(const at::Tensor& x, std::optional<int64_t> axis) {
+  if (!axis.has_value()) return axis;
+  TORCH_CHECK_INDEX(-x.dim() <= *axis && *axis < x.dim(), "axis must lie in [", -x.dim(), ", ", x.dim() - 1,
+                    "] for a ", x.dim(), "-dimensional x, got ", *axis);
+  return *axis < 0 ? *axis + x.dim() : *axis;
+}
+
+// A parameter holds one value, or one a channel; kernels read it as it lies, so it must be contiguous.
+inline void check_parameter(const at::Tensor& value, const at::Tensor& x, std::optional<int64_t> axis,
+                            const char* name) {
+  if (axis.has_value()) {
+    TORCH_CHECK_VALUE(value.numel() == x.size(*axis) && value.dim() <= 1, name, " must be a vector of ",
+                      x.size(*axis), " values, one a channel of axis ", *axis, ", got shape ", value.sizes());
+  } else {
+    TORCH_CHECK_VALUE(value.numel() == 1 && value.dim() <= 1, name, " must hold one value, got shape ",
+                      value.sizes(), "; for one value a channel give axis");
+  }
+  TORCH_CHECK_VALUE(value.device() == x.device(), name, " is on ", value.device(), ", x on ", x.device(),
+                    "; move it with ", name, ".to(x.device)");
+}
+
+inline void check_dtype(const at::Tensor& value, at::ScalarType expected, const char* name) {
+  TORCH_CHECK_TYPE(value.scalar_type() == expected, name, " must be ", expected, ", got ", value.scalar_type());
+}
+
+inline void check_zero_point_dtype(const at::Tensor& zero_point) {
+  TORCH_CHECK_TYPE(zero_point.scalar_type() == at::kInt || zero_point.scalar_type() == at::kFloat,
+                   "zero_point must be int32 or float32, got ", zero_point.scalar_type());
+}
+
+inline void check_scale_value(double scale) {
+  TORCH_CHECK_VALUE(is_usable_scale(static_cast<float>(scale)), "scale must be positive and finite, got ", scale);
+}
+
+inline void check_zero_point_value(double zero_point, int64_t quant_min, int64_t quant_max) {
+  TORCH_CHECK_VALUE(quant_min <= zero_point && zero_point <= quant_max, "zero_point must lie in [", quant_min, ", ",
+                    quant_max, "], got ", zero_point);
+}
+
+inline void check_step(const std::optional<at::Tensor>& step, const at::Tensor& x) {
+  if (!step.has_value()) return;
+  check_dtype(*step, at::kLong, "step");
+  check_parameter(*step, x, std::nullopt, "step");
+}
+
+inline void check_ema_decay(double ema_decay) {
+  TORCH_CHECK_VALUE(ema_decay > 0.0 && ema_decay < 1.0, "ema_decay must lie in (0, 1), got ", ema_decay);
+}
+
+// A tensor the operator writes its state into.
+inline void check_state(const at::Tensor& value, const at::Tensor& x, std::optional<int64_t> axis,
+                        at::ScalarType dtype, const char* name) {
+  check_dtype(value, dtype, name);
+  check_parameter(value, x, axis, name);
+  TORCH_CHECK_VALUE(value.is_contiguous(), name, " must be contiguous, since it is written in place; got strides ",
+                    value.strides());
+}
+
+inline void check_mask(const at::Tensor& grad, const at::Tensor& mask) {
+  check_dtype(mask, at::kByte, "mask");
+  TORCH_CHECK_VALUE(mask.is_contiguous() && mask.numel() == (grad.numel() + 7) / 8, "mask must hold ",
+                    (grad.numel() + 7) / 8, " bytes, one bit an element of grad, got shape ", mask.sizes());
+  TORCH_CHECK_VALUE(mask.device() == grad.device(), "mask is on ", mask.device(), ", grad on ", grad.device());
+}
+
+}  // namespace quantkern

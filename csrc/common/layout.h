@@ -1,0 +1,44 @@
+// How kernels see a tensor: as `outer` x `channels` x `inner` elements in the order they lie in memory.
+//
+// Any tensor whose elements fill one block of memory (contiguous, channels_last, permuted) is taken as it lies;
+// anything else (slices, expanded tensors) is first copied into a dense tensor. Per tensor there is one channel.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <optional>
+#include <tuple>
+
+namespace quantkern {
+
+struct Layout {
+  int64_t outer, channels, inner;
+};
+
+// dense: non-overlapping and dense; axis already within [0, dim).
+inline Layout layout_of(const at::Tensor& dense, std::optional<int64_t> axis) {
+  const int64_t numel = dense.numel();
+  if (!axis.has_value() || dense.size(*axis) == 1 || numel == 0) return {1, 1, numel};
+  const int64_t channels = dense.size(*axis), inner = dense.stride(*axis);
+  return {numel / (channels * inner), channels, inner};
+}
+
+// x as the kernels read it and the tensor they write. A sparse view is copied into the output and worked on in
+// place, so that it costs no third tensor.
+struct DenseInOut {
+  at::Tensor in, out;
+};
+inline DenseInOut dense_in_out(const at::Tensor& x) {
+  at::Tensor out = at::empty_like(x);
+  if (x.is_non_overlapping_and_dense()) return {x, out};
+  out.copy_(x);
+  return {out, out};
+}
+
+inline at::Tensor new_mask(const at::Tensor& x, bool with_mask) {
+  return at::empty({with_mask ? (x.numel() + 7) / 8 : 0}, x.options().dtype(at::kByte));
+}
+
+}  // namespace quantkern

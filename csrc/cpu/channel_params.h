@@ -1,0 +1,62 @@
+// The parameters of every channel, laid out the way the loops want them.
+#pragma once
+
+#include <c10/util/SmallVector.h>
+
+#include "../common/layout.h"
+#include "../numerics/ranges.h"
+#include "fake_quantize_loops.h"
+
+namespace quantkern::cpu {
+
+// Rows shorter than this are cheaper as columns: the parameters are then written out element by element.
+constexpr int64_t kShortRow = 32;
+constexpr int64_t kLongestPeriod = int64_t{1} << 22;
+
+class PreparedParams {
+ public:
+  PreparedParams(const Layout& layout, int64_t quant_min, int64_t quant_max)
+      : channels_(layout.channels),
+        repeat_(layout.channels > 1 && layout.inner < kShortRow && layout.channels * layout.inner <= kLongestPeriod
+                    ? layout.inner
+                    : 0),
+        period_(repeat_ ? channels_ * repeat_ : channels_),
+        size_(period_ + (is_columns() ? kMaxLanes : 0)),
+        values_(3 * size_) {
+    view_ = {values_.data(),
+             values_.data() + size_,
+             values_.data() + 2 * size_,
+             period_,
+             is_columns() ? 1 : layout.inner,
+             static_cast<float>(quant_min),
+             static_cast<float>(quant_max)};
+  }
+  PreparedParams(const PreparedParams&) = delete;
+  PreparedParams& operator=(const PreparedParams&) = delete;
+
+  void set(int64_t channel, float scale, float zero_point) {
+    const int64_t times = repeat_ ? repeat_ : 1;
+    for (int64_t i = channel * times; i < (channel + 1) * times; ++i) {
+      values_[i] = reciprocal_scale(scale);
+      values_[size_ + i] = scale;
+      values_[2 * size_ + i] = zero_point;
+    }
+  }
+
+  // Call once every channel is set, before reading view().
+  void finish() {
+    for (int64_t i = period_; i < size_; ++i)
+      for (int64_t part = 0; part < 3; ++part) values_[part * size_ + i] = values_[part * size_ + i % period_];
+  }
+
+  const ChannelParams& view() const { return view_; }
+
+ private:
+  bool is_columns() const { return repeat_ > 0; }
+
+  int64_t channels_, repeat_, period_, size_;
+  c10::SmallVector<float, 64> values_;
+  ChannelParams view_;
+};
+
+}  // namespace quantkern::cpu

@@ -1,0 +1,249 @@
+// Fake-quantization on the CPU: one stretch of memory, one thread. Compiled once per instruction set.
+//
+//   formula   numerics/affine.h (fake-quantize), numerics/ranges.h (min and max)
+//   layout    elements in memory order; element i belongs to channel (i / inner) % channels
+//   bytes     forward reads and writes an element once and writes 1/8 byte of mask; backward the same backwards
+//   numerics  float32 lanes (float64 for float64); groups that cross a channel's end take their parameters lane
+//             by lane, so every element is computed by the same expression wherever it lies
+
+template <class T>
+struct VecOf {
+  using type = FloatVec;
+};
+template <>
+struct VecOf<double> {
+  using type = Lanes<double>;
+};
+
+template <class V>
+QK_LANE Affine<V> load_params(const float* inverse, const float* scale, const float* zero_point) {
+  Affine<V> p;
+  load(inverse, p.inverse);
+  load(scale, p.scale);
+  load(zero_point, p.zero_point);
+  return p;
+}
+
+template <class V>
+QK_LANE Affine<V> params_of(const ChannelParams& p, int64_t channel) {
+  return {V::all(p.inverse[channel]), V::all(p.scale[channel]), V::all(p.zero_point[channel])};
+}
+
+// One whole group of lanes.
+template <bool kMask, class T, class V>
+QK_LANE void quantize_group(const T* x, T* y, uint8_t* mask, const Affine<V>& p, V low, V high) {
+  V value, rounded, clamped;
+  load(x, value);
+  store(y, fake_quantize_lane(value, p, low, high, rounded, clamped));
+  if (!kMask) return;
+  const uint32_t bits = equal_bits(rounded, clamped);
+  mask[0] = static_cast<uint8_t>(bits);
+  if (V::width == 16) mask[1] = static_cast<uint8_t>(bits >> 8);
+}
+
+// The first `count` lanes of a group, through buffers: the end of the tensor.
+template <bool kMask, class T, class V>
+QK_LANE void quantize_partial(const T* x, T* y, uint8_t* mask, int64_t count, const Affine<V>& p, V low, V high) {
+  T in[V::width] = {}, out[V::width];
+  uint8_t bits[2] = {0, 0};
+  std::memcpy(in, x, count * sizeof(T));
+  quantize_group<kMask>(in, out, bits, p, low, high);
+  std::memcpy(y, out, count * sizeof(T));
+  if (!kMask) return;
+  const uint32_t kept = (bits[0] | static_cast<uint32_t>(bits[1]) << 8) & ((1u << count) - 1u);
+  mask[0] = static_cast<uint8_t>(kept);
+  if (count > 8) mask[1] = static_cast<uint8_t>(kept >> 8);
+}
+
+template <bool kMask, class T, class V>
+QK_LANE void quantize_some(const T* x, T* y, uint8_t* mask, int64_t i, int64_t end, const Affine<V>& p, V low,
+                           V high) {
+  uint8_t* bits = kMask ? mask + i / 8 : nullptr;
+  if (end - i >= V::width)
+    quantize_group<kMask>(x + i, y + i, bits, p, low, high);
+  else
+    quantize_partial<kMask>(x + i, y + i, bits, end - i, p, low, high);
+}
+
+// Element by element parameters, which repeat every `channels` elements.
+template <bool kMask, class T>
+static void quantize_columns(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
+  using V = typename VecOf<T>::type;
+  const V low = V::all(p.quant_min), high = V::all(p.quant_max);
+  const int64_t advance = V::width % p.channels;
+  int64_t c = begin % p.channels;
+  for (int64_t i = begin; i < end; i += V::width) {
+    const auto params = load_params<V>(p.inverse + c, p.scale + c, p.zero_point + c);
+    quantize_some<kMask>(x, y, mask, i, end, params, low, high);
+    c += advance;
+    if (c >= p.channels) c -= p.channels;
+  }
+}
+
+// A group that crosses the end of a row.
+template <class V>
+QK_LANE Affine<V> gather_params(const ChannelParams& p, int64_t i) {
+  float inverse[V::width], scale[V::width], zero_point[V::width];
+  for (int64_t lane = 0; lane < V::width; ++lane) {
+    const int64_t c = (i + lane) / p.inner % p.channels;
+    inverse[lane] = p.inverse[c];
+    scale[lane] = p.scale[c];
+    zero_point[lane] = p.zero_point[c];
+  }
+  return load_params<V>(inverse, scale, zero_point);
+}
+
+template <bool kMask, class T>
+static void quantize_rows(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
+  using V = typename VecOf<T>::type;
+  const V low = V::all(p.quant_min), high = V::all(p.quant_max);
+  for (int64_t i = begin; i < end;) {
+    const int64_t row = p.channels == 1 ? 0 : i / p.inner;
+    const int64_t stop = p.channels == 1 || (row + 1) * p.inner > end ? end : (row + 1) * p.inner;
+    const auto params = params_of<V>(p, p.channels == 1 ? 0 : row % p.channels);
+    for (; i + V::width <= stop; i += V::width)
+      quantize_group<kMask>(x + i, y + i, kMask ? mask + i / 8 : nullptr, params, low, high);
+    if (i == stop) continue;
+    quantize_some<kMask>(x, y, mask, i, end, stop == end ? params : gather_params<V>(p, i), low, high);
+    i += V::width;
+  }
+}
+
+template <bool kMask, class T>
+static void quantize_typed(const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
+                           const ChannelParams& p) {
+  if (p.channels > 1 && p.inner == 1)
+    quantize_columns<kMask>(static_cast<const T*>(x), static_cast<T*>(y), mask, begin, end, p);
+  else
+    quantize_rows<kMask>(static_cast<const T*>(x), static_cast<T*>(y), mask, begin, end, p);
+}
+
+template <bool kMask>
+static void quantize_any(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
+                         const ChannelParams& p) {
+  switch (dtype) {
+    case DType::kFloat:
+      return quantize_typed<kMask, float>(x, y, mask, begin, end, p);
+    case DType::kHalf:
+      return quantize_typed<kMask, Half>(x, y, mask, begin, end, p);
+    case DType::kBFloat16:
+      return quantize_typed<kMask, BFloat16>(x, y, mask, begin, end, p);
+    case DType::kDouble:
+      return quantize_typed<kMask, double>(x, y, mask, begin, end, p);
+  }
+}
+
+static void quantize(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
+                     const ChannelParams& p) {
+  return mask ? quantize_any<true>(dtype, x, y, mask, begin, end, p)
+              : quantize_any<false>(dtype, x, y, mask, begin, end, p);
+}
+
+template <class E>
+static void select_typed(const void* grad, const uint8_t* mask, void* out, int64_t begin, int64_t end) {
+  constexpr int64_t width = SelectWidth<E>::value;
+  const E* g = static_cast<const E*>(grad);
+  E* o = static_cast<E*>(out);
+  int64_t i = begin;
+  for (; i + width <= end; i += width) select_group(g + i, mask + i / 8, o + i);
+  for (; i < end; ++i) o[i] = (mask[i / 8] >> (i % 8) & 1) ? g[i] : E{0};
+}
+
+static void select(int64_t element_size, const void* grad, const uint8_t* mask, void* out, int64_t begin,
+                   int64_t end) {
+  if (element_size == 2) return select_typed<uint16_t>(grad, mask, out, begin, end);
+  if (element_size == 4) return select_typed<uint32_t>(grad, mask, out, begin, end);
+  return select_typed<uint64_t>(grad, mask, out, begin, end);
+}
+
+// Four accumulators hide the latency of the comparisons. With the data first, NaN never gets in.
+template <class T>
+static Range range_typed(const void* data, int64_t begin, int64_t end) {
+  using V = typename VecOf<T>::type;
+  const T* x = static_cast<const T*>(data);
+  V low[4], high[4], value;
+  for (int k = 0; k < 4; ++k) {
+    low[k] = V::all(empty_range().min);
+    high[k] = V::all(empty_range().max);
+  }
+  int64_t i = begin;
+  for (; i + 4 * V::width <= end; i += 4 * V::width) {
+    for (int k = 0; k < 4; ++k) {
+      load(x + i + k * V::width, value);
+      low[k] = min_lane(value, low[k]);
+      high[k] = max_lane(value, high[k]);
+    }
+  }
+  // The rest goes through a buffer padded with an element that is there anyway.
+  for (; i < end; i += V::width) {
+    T group[V::width];
+    for (int64_t k = 0; k < V::width; ++k) group[k] = x[i + k < end ? i + k : i];
+    load(group, value);
+    low[0] = min_lane(value, low[0]);
+    high[0] = max_lane(value, high[0]);
+  }
+  for (int k = 1; k < 4; ++k) {
+    low[0] = min_lane(low[k], low[0]);
+    high[0] = max_lane(high[k], high[0]);
+  }
+  float lows[V::width], highs[V::width];
+  store(lows, low[0]);
+  store(highs, high[0]);
+  Range range = empty_range();
+  for (int k = 0; k < V::width; ++k) range = merge(range, Range{lows[k], highs[k]});
+  return range;
+}
+
+static Range range(DType dtype, const void* x, int64_t begin, int64_t end) {
+  switch (dtype) {
+    case DType::kFloat:
+      return range_typed<float>(x, begin, end);
+    case DType::kHalf:
+      return range_typed<Half>(x, begin, end);
+    case DType::kBFloat16:
+      return range_typed<BFloat16>(x, begin, end);
+    case DType::kDouble:
+      return range_typed<double>(x, begin, end);
+  }
+  return empty_range();
+}
+
+template <class T>
+static void column_ranges_typed(const void* data, int64_t begin, int64_t end, int64_t period, float* low,
+                                float* high) {
+  using V = typename VecOf<T>::type;
+  const T* x = static_cast<const T*>(data);
+  for (int64_t row = begin; row < end; row += period) {
+    const int64_t count = end - row < period ? end - row : period;
+    int64_t j = 0;
+    for (; j + V::width <= count; j += V::width) {
+      V value, l, h;
+      load(x + row + j, value);
+      load(low + j, l);
+      load(high + j, h);
+      store(low + j, min_lane(value, l));
+      store(high + j, max_lane(value, h));
+    }
+    for (; j < count; ++j) {
+      const Range merged = merge(Range{low[j], high[j]}, range_typed<T>(x, row + j, row + j + 1));
+      low[j] = merged.min;
+      high[j] = merged.max;
+    }
+  }
+}
+
+static void column_ranges(DType dtype, const void* x, int64_t begin, int64_t end, int64_t period, float* low,
+                          float* high) {
+  switch (dtype) {
+    case DType::kFloat:
+      return column_ranges_typed<float>(x, begin, end, period, low, high);
+    case DType::kHalf:
+      return column_ranges_typed<Half>(x, begin, end, period, low, high);
+    case DType::kBFloat16:
+      return column_ranges_typed<BFloat16>(x, begin, end, period, low, high);
+    case DType::kDouble:
+      return column_ranges_typed<double>(x, begin, end, period, low, high);
+  }
+}
+
+static const FakeQuantizeLoops fake_quantize_loops{quantize, select, range, column_ranges};

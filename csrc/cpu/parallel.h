@@ -1,0 +1,23 @@
+// Splitting a tensor between threads: always at multiples of kStretch, so that no two threads share a mask byte.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "fake_quantize_loops.h"
+
+namespace quantkern::cpu {
+
+// Fewer elements than this are not worth a second thread.
+constexpr int64_t kGrain = 32768;
+
+template <class F>
+void for_stretches(int64_t numel, const F& f) {
+  const int64_t stretches = (numel + kStretch - 1) / kStretch;
+  at::parallel_for(0, stretches, kGrain / kStretch, [&](int64_t begin, int64_t end) {
+    f(begin * kStretch, std::min(numel, end * kStretch));
+  });
+}
+
+}  // namespace quantkern::cpu

@@ -1,0 +1,57 @@
+// Sixteen float32 lanes in one AVX-512 register (F, BW, VL, DQ). Included after vec_generic.h's Lanes inside the
+// avx512 namespace.
+
+struct Vec16 {
+  static constexpr int width = 16;
+  __m512 v;
+  QK_LANE Vec16 all(float value) { return {_mm512_set1_ps(value)}; }
+};
+
+QK_LANE Vec16 operator+(Vec16 a, Vec16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+QK_LANE Vec16 operator-(Vec16 a, Vec16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+QK_LANE Vec16 operator*(Vec16 a, Vec16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+QK_LANE Vec16 min_lane(Vec16 a, Vec16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+QK_LANE Vec16 max_lane(Vec16 a, Vec16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+QK_LANE Vec16 round_even(Vec16 a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+QK_LANE Vec16 multiply_as_float(Vec16 a, Vec16 b) { return a * b; }
+QK_LANE uint32_t equal_bits(Vec16 a, Vec16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+
+QK_LANE void load(const float* p, Vec16& r) { r.v = _mm512_loadu_ps(p); }
+QK_LANE void load(const Half* p, Vec16& r) {
+  r.v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+QK_LANE void load(const BFloat16* p, Vec16& r) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  r.v = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+QK_LANE void store(float* p, Vec16 a) { _mm512_storeu_ps(p, a.v); }
+QK_LANE void store(Half* p, Vec16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+QK_LANE void store(BFloat16* p, Vec16 a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i high = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+}
+
+QK_LANE void select_group(const uint32_t* grad, const uint8_t* mask, uint32_t* out) {
+  const __mmask16 keep = static_cast<__mmask16>(mask[0] | mask[1] << 8);
+  _mm512_storeu_si512(out, _mm512_maskz_loadu_epi32(keep, grad));
+}
+QK_LANE void select_group(const uint16_t* grad, const uint8_t* mask, uint16_t* out) {
+  const __mmask16 keep = static_cast<__mmask16>(mask[0] | mask[1] << 8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_maskz_loadu_epi16(keep, grad));
+}
+template <>
+struct SelectWidth<uint16_t> {
+  static constexpr int value = 16;
+};
+template <>
+struct SelectWidth<uint32_t> {
+  static constexpr int value = 16;
+};

@@ -1,0 +1,85 @@
+// Eight lanes as a plain array: the portable vector, and float64's on every instruction set. The loops are short
+// enough for the compiler to turn into whatever vectors the target has.
+//
+// Included once per instruction set, inside its namespace (foreach_isa.h); no include guard on purpose.
+
+template <class C>
+struct Lanes {
+  static constexpr int width = 8;
+  C v[8];
+  QK_LANE Lanes all(C value) {
+    Lanes r;
+    for (int i = 0; i < 8; ++i) r.v[i] = value;
+    return r;
+  }
+};
+
+#define QK_LANEWISE(expression)                     \
+  Lanes<C> r;                                       \
+  for (int i = 0; i < 8; ++i) r.v[i] = expression;  \
+  return r
+template <class C>
+QK_LANE Lanes<C> operator+(Lanes<C> a, Lanes<C> b) {
+  QK_LANEWISE(a.v[i] + b.v[i]);
+}
+template <class C>
+QK_LANE Lanes<C> operator-(Lanes<C> a, Lanes<C> b) {
+  QK_LANEWISE(a.v[i] - b.v[i]);
+}
+template <class C>
+QK_LANE Lanes<C> operator*(Lanes<C> a, Lanes<C> b) {
+  QK_LANEWISE(a.v[i] * b.v[i]);
+}
+template <class C>
+QK_LANE Lanes<C> min_lane(Lanes<C> a, Lanes<C> b) {
+  QK_LANEWISE(quantkern::min_lane(a.v[i], b.v[i]));
+}
+template <class C>
+QK_LANE Lanes<C> max_lane(Lanes<C> a, Lanes<C> b) {
+  QK_LANEWISE(quantkern::max_lane(a.v[i], b.v[i]));
+}
+template <class C>
+QK_LANE Lanes<C> round_even(Lanes<C> a) {
+  QK_LANEWISE(quantkern::round_even(a.v[i]));
+}
+template <class C>
+QK_LANE Lanes<C> multiply_as_float(Lanes<C> a, Lanes<C> b) {
+  QK_LANEWISE(quantkern::multiply_as_float(a.v[i], b.v[i]));
+}
+#undef QK_LANEWISE
+
+// Bit i is set where lane i of a equals lane i of b; NaN equals nothing.
+template <class C>
+QK_LANE uint32_t equal_bits(Lanes<C> a, Lanes<C> b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 8; ++i) bits |= static_cast<uint32_t>(a.v[i] == b.v[i]) << i;
+  return bits;
+}
+
+template <class C>
+QK_LANE void load(const float* p, Lanes<C>& r) {
+  for (int i = 0; i < 8; ++i) r.v[i] = static_cast<C>(p[i]);
+}
+QK_LANE void load(const double* p, Lanes<double>& r) {
+  for (int i = 0; i < 8; ++i) r.v[i] = p[i];
+}
+QK_LANE void load(const Half* p, Lanes<float>& r) {
+  for (int i = 0; i < 8; ++i) r.v[i] = to_float(p[i]);
+}
+QK_LANE void load(const BFloat16* p, Lanes<float>& r) {
+  for (int i = 0; i < 8; ++i) r.v[i] = to_float(p[i]);
+}
+template <class T, class C>
+QK_LANE void store(T* p, Lanes<C> a) {
+  for (int i = 0; i < 8; ++i) p[i] = from_compute<T>(a.v[i]);
+}
+
+// out = grad where the mask bit is set, else +0; E is an unsigned integer of the element's size.
+template <class E>
+QK_LANE void select_group(const E* grad, const uint8_t* mask, E* out) {
+  for (int i = 0; i < 8; ++i) out[i] = grad[i] & (static_cast<E>(0) - static_cast<E>((mask[0] >> i) & 1));
+}
+template <class E>
+struct SelectWidth {
+  static constexpr int value = 8;
+};

@@ -1,0 +1,34 @@
+// Launchers of the fake-quantize kernels: pointers, sizes and a stream, no torch.
+#pragma once
+
+#include "../numerics/dtype.h"
+#include "launch.cuh"
+
+namespace quantkern::cuda {
+
+// One scale and zero point, or one a channel: device arrays, or two numbers where `scale` is null.
+struct Parameters {
+  const float* scale = nullptr;
+  const void* zero_point = nullptr;  // int32, or float32
+  bool zero_point_is_float = false;
+  float scale_number = 1.0f, zero_point_number = 0.0f;
+};
+
+struct FakeQuantizeArguments {
+  DType dtype;
+  const void* x;
+  void* y;        // may be x
+  uint8_t* mask;  // null: not wanted
+  ChannelView view;
+  Parameters parameters;
+  Gate gate;
+  int quant_min, quant_max;
+};
+
+cudaError_t launch_fake_quantize(const FakeQuantizeArguments& arguments, cudaStream_t stream);
+
+// out = grad where the mask's bit is set, else 0; out may be grad.
+cudaError_t launch_fake_quantize_backward(DType dtype, const void* grad, const uint8_t* mask, void* out,
+                                          int64_t numel, cudaStream_t stream);
+
+}  // namespace quantkern::cuda

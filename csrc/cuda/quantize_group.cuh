@@ -1,0 +1,46 @@
+// What the kernels that write y share: the gate, the parameters of a channel, one group of elements.
+#pragma once
+
+#include "../numerics/affine.h"
+#include "fake_quantize.cuh"
+#include "vector_io.cuh"
+
+namespace quantkern::cuda {
+
+__device__ __forceinline__ bool is_open(const Gate& gate) {
+  if (gate.step != nullptr && *gate.step < gate.start_step) return false;
+  return gate.blocked == nullptr || *gate.blocked == 0;
+}
+
+__device__ __forceinline__ Affine<float> make_affine(float scale, float zero_point) {
+  return {reciprocal_scale(scale), scale, zero_point};
+}
+
+__device__ __forceinline__ Affine<float> affine_of(const Parameters& parameters, int64_t channel) {
+  if (parameters.scale == nullptr) return make_affine(parameters.scale_number, parameters.zero_point_number);
+  const float zero_point = parameters.zero_point_is_float
+                               ? static_cast<const float*>(parameters.zero_point)[channel]
+                               : static_cast<float>(static_cast<const int*>(parameters.zero_point)[channel]);
+  return make_affine(parameters.scale[channel], zero_point);
+}
+
+// Fake-quantizes one element in place and returns its mask bit.
+template <class T>
+__device__ __forceinline__ unsigned quantize_in_place(T& value, const Affine<float>& affine, float quant_min,
+                                                      float quant_max) {
+  float rounded, clamped;
+  value = from_float<T>(fake_quantize_lane(to_float(value), affine, quant_min, quant_max, rounded, clamped));
+  return rounded == clamped ? 1u : 0u;
+}
+
+// The same for a group of one channel; returns its mask byte.
+template <class T>
+__device__ __forceinline__ unsigned quantize_in_place(Group<T>& group, const Affine<float>& affine,
+                                                      float quant_min, float quant_max) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) bits |= quantize_in_place(group.lane[j], affine, quant_min, quant_max) << j;
+  return bits;
+}
+
+}  // namespace quantkern::cuda

@@ -1,0 +1,42 @@
+// Minimum and maximum over a group, a warp, a block. Every thread gets the result; NaN is dropped.
+#pragma once
+
+#include "../numerics/ranges.h"
+#include "vector_io.cuh"
+
+namespace quantkern::cuda {
+
+template <class T>
+__device__ __forceinline__ Range range_of(const Group<T>& group) {
+  Range range = empty_range();
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+    const float value = to_float(group.lane[j]);
+    range = merge(range, {value, value});
+  }
+  return range;
+}
+
+__device__ __forceinline__ Range warp_range(Range range) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const float low = __shfl_xor_sync(0xffffffffu, range.min, distance);
+    const float high = __shfl_xor_sync(0xffffffffu, range.max, distance);
+    range = merge(range, {low, high});
+  }
+  return range;
+}
+
+// For blocks of whole warps, called by all of their threads. May be called again at once.
+__device__ __forceinline__ Range block_range(Range range) {
+  __shared__ Range warps[kWarp];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  range = warp_range(range);
+  if (lane == 0) warps[warp] = range;
+  __syncthreads();
+  range = lane < static_cast<int>(blockDim.x / kWarp) ? warps[lane] : empty_range();
+  __syncthreads();
+  return warp_range(range);
+}
+
+}  // namespace quantkern::cuda

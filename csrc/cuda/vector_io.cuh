@@ -1,0 +1,103 @@
+// Groups of eight consecutive elements: 16-byte loads and stores, and what happens where these are not possible.
+//
+// A group that is misaligned or reaches over the end is read and written element by element. Lanes beyond the end
+// read as NaN: ranges drop NaN and its gradient bit is 0, so no kernel needs a second loop for the tail.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../numerics/dtype.h"
+#include "launch.cuh"
+
+namespace quantkern::cuda {
+
+constexpr int kVectorBytes = 16;
+
+template <class T>
+struct alignas(kVectorBytes) Group {
+  T lane[kGroup];
+};
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float<float>(float v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+// Whether every group of a row may be accessed 16 bytes at a time, where rows of `length` elements follow one
+// another from `base`.
+inline bool is_vectorizable(const void* base, int64_t rows, int64_t length) {
+  return reinterpret_cast<uintptr_t>(base) % kVectorBytes == 0 && (rows == 1 || length % kGroup == 0);
+}
+
+// The elements [begin, begin + 8) of a row of `length` elements.
+template <class T>
+__device__ __forceinline__ Group<T> load_group(const T* row, int64_t begin, int64_t length, bool vectorizable) {
+  Group<T> group;
+  if (vectorizable && begin + kGroup <= length) {
+    const uint4* source = reinterpret_cast<const uint4*>(row + begin);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(group) / kVectorBytes); ++i) {
+      reinterpret_cast<uint4*>(&group)[i] = source[i];
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      group.lane[j] = begin + j < length ? row[begin + j] : from_float<T>(__builtin_nanf(""));
+    }
+  }
+  return group;
+}
+
+template <class T>
+__device__ __forceinline__ void store_group(T* row, int64_t begin, int64_t length, bool vectorizable,
+                                            const Group<T>& group) {
+  if (vectorizable && begin + kGroup <= length) {
+    uint4* target = reinterpret_cast<uint4*>(row + begin);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(group) / kVectorBytes); ++i) {
+      target[i] = reinterpret_cast<const uint4*>(&group)[i];
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      if (begin + j < length) row[begin + j] = group.lane[j];
+    }
+  }
+}
+
+// The mask bits of a group that belong to elements; those beyond the end stay 0.
+__device__ __forceinline__ unsigned element_bits(int64_t begin, int64_t numel) {
+  return begin + kGroup <= numel ? 0xffu : (1u << (numel - begin)) - 1u;
+}
+
+// Calls f with a null pointer of the element type. Double has no CUDA kernels.
+template <class F>
+cudaError_t for_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat:
+      return f(static_cast<float*>(nullptr));
+    case DType::kHalf:
+      return f(static_cast<__half*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace quantkern::cuda

@@ -1,0 +1,368 @@
+"""The public functions. The only place that chooses a backend."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkern import ops, reference  # noqa: F401  (ops registers torch.ops.quantkern)
+from quantkern import triton as triton_twins
+from quantkern.backend import Backend
+
+_OPS = torch.ops.quantkern
+_FAKE_QUANTIZE = _OPS.fake_quantize.default
+_FAKE_QUANTIZE_NUMBER = _OPS.fake_quantize.number
+_FAKE_QUANTIZE_WEIGHT = _OPS.fake_quantize_weight.default
+_FAKE_QUANTIZE_ACTIVATION = _OPS.fake_quantize_activation.default
+
+
+def has_native(device_type: str) -> bool:
+    """Whether this build has compiled kernels for tensors on ``device_type``."""
+    key = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("quantkern::fake_quantize_forward", key)
+
+
+@functools.cache
+def choose_backend(device_type: str) -> tuple[Backend, str]:
+    """What AUTO means for tensors on a device, and why. A fallback is announced once, here."""
+    if device_type in ("cpu", "meta") or has_native(device_type):
+        return Backend.NATIVE, f"compiled kernels for {device_type} are in this build"
+    runs, why = triton_twins.available(device_type)
+    choice = Backend.TRITON if runs else Backend.REFERENCE
+    reason = f"this build has no compiled kernels for {device_type}; Triton: {why}"
+    slow = "" if runs else " (plain PyTorch, slow)"
+    warnings.warn(f"quantkern runs its {choice.value} kernels{slow} on {device_type}: {reason}", stacklevel=3)
+    return choice, reason
+
+
+def _resolve(x: Tensor, backend: Backend) -> Backend:
+    """The backend that will run; asking for one that cannot is an error."""
+    if backend is Backend.AUTO:
+        # A CPU build answers at once: this line is on the path of every small call.
+        return Backend.NATIVE if x.device.type == "cpu" else choose_backend(x.device.type)[0]
+    if not isinstance(backend, Backend):
+        raise TypeError(f"backend must be a member of quantkern.Backend, got {backend!r}")
+    if backend is Backend.NATIVE and not has_native(x.device.type):
+        raise RuntimeError(
+            f"backend=Backend.NATIVE: this build has no compiled kernels for {x.device.type}; "
+            "use Backend.AUTO, or rebuild with QUANTKERN_CUDA=1 for CUDA tensors"
+        )
+    if backend is Backend.TRITON:
+        runs, why = triton_twins.available(x.device.type)
+        if not runs:
+            raise RuntimeError(f"backend=Backend.TRITON cannot run on {x.device.type}: {why}")
+    return backend
+
+
+class _TritonFunction(torch.autograd.Function):
+    """Forward kernels that return (y, mask), with the straight-through backward kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Any, arguments: tuple[Any, ...], needs_mask: bool) -> Tensor:
+        y, mask = kernel(x, *arguments, needs_mask)
+        ctx.save_for_backward(mask)
+        ctx.strides = y.stride()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (mask,) = ctx.saved_tensors
+        grad = grads[0]
+        if mask.numel() or not grad.numel():
+            grad = _twin().fake_quantize_backward(grad, mask, ctx.strides)
+        return grad, None, None, None
+
+
+def _twin() -> ModuleType:
+    return triton_twins
+
+
+def _run_triton(kernel: Any, x: Tensor, *arguments: Any, needs_mask: bool = True) -> Tensor:
+    mask = needs_mask and torch.is_grad_enabled() and x.requires_grad
+    return _TritonFunction.apply(x, kernel, arguments, mask)  # type: ignore[no-any-return]
+
+
+def _as_parameter(value: Tensor | float, x: Tensor, axis: int | None, dtype: torch.dtype, name: str) -> Tensor:
+    """A scale or zero point as a tensor; the operators check shape and device."""
+    if isinstance(value, Tensor):
+        wanted = value.dtype in ((torch.float32,) if name == "scale" else (torch.float32, torch.int32))
+        return value if wanted else value.to(dtype)
+    if isinstance(value, (list, tuple)):
+        return torch.tensor(value, dtype=dtype, device=x.device)
+    if isinstance(value, (int, float)) and axis is None:
+        return torch.tensor(value, dtype=dtype, device=x.device)
+    expected = "a number or a 1-element tensor" if axis is None else "a vector with one value a channel"
+    raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def check_arguments(x: Tensor, quant_min: int, quant_max: int, axis: int | None) -> int | None:
+    """The checks of the compiled operators for the backends that have none of their own; returns axis >= 0."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; convert it with x.float()")
+    limit = reference.QUANT_LIMIT
+    if not -limit <= quant_min < quant_max <= limit:
+        raise ValueError(
+            f"quant_min must be less than quant_max and both within +-{limit}, "
+            f"got quant_min={quant_min}, quant_max={quant_max}"
+        )
+    if axis is None:
+        return None
+    if not -x.dim() <= axis < x.dim():
+        raise IndexError(f"axis must lie in [{-x.dim()}, {x.dim() - 1}] for a {x.dim()}-dimensional x, got {axis}")
+    return axis % x.dim()
+
+
+def _check_parameter(value: Tensor, x: Tensor, axis: int | None, name: str) -> None:
+    expected = 1 if axis is None else x.shape[axis]
+    if value.numel() != expected or value.dim() > 1:
+        where = "one value" if axis is None else f"a vector of {expected} values, one a channel of axis {axis}"
+        raise ValueError(f"{name} must hold {where}, got shape {list(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, x on {x.device}; move it with {name}.to(x.device)")
+
+
+def _check_scale_on_host(scale: Tensor) -> None:
+    if scale.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ~((scale > 0) & torch.isfinite(scale) & torch.isfinite(1 / scale))
+        if bool(bad.any()):
+            value = scale.reshape(-1)[bad.reshape(-1)][0].item()
+            raise ValueError(f"scale must be positive and finite, got {value}")
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | float,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    *,
+    step: Tensor | None = None,
+    start_step: int = 0,
+    backend: Backend = Backend.AUTO,
+) -> Tensor:
+    """Quantize and dequantize x, with the straight-through gradient.
+
+    Equivalent to ``torch.fake_quantize_per_tensor_affine`` (or ``_per_channel_affine`` with ``axis``), except that
+    NaN stays NaN and infinities saturate. Per element, in float32 for float16, bfloat16 and float32 tensors::
+
+        q = clamp(rint(x * (1 / scale)) + zero_point, quant_min, quant_max)      ties to even
+        y = (q - zero_point) * scale
+        dy/dx = 1 where the rounded value lies in [quant_min, quant_max], else 0
+
+    Source: Jacob et al. 2018, eq. 1 and section 3; the gradient of rounding after Bengio et al. 2013.
+
+    Args:
+        x: floating-point tensor of any shape and strides: float32, float16 or bfloat16, on the CPU also float64.
+        scale: step of the grid, in units of x. A positive number or 1-element float32 tensor; with ``axis`` a
+            float32 vector [channels].
+        zero_point: the q that stands for 0, shaped as ``scale``; int32 or float32.
+        quant_min, quant_max: the range of q, integers within +-2**20.
+        axis: the dimension of x that holds the channels; None quantizes the whole tensor with one scale.
+        step, start_step: with a 1-element int64 tensor ``step``, the result is x itself while step < start_step.
+        backend: which kernels run, see ``Backend``.
+
+    Returns:
+        A tensor like x. The backward needs one bit an element of saved memory.
+
+    Raises:
+        TypeError: x is not floating point, or a parameter has a wrong type.
+        ValueError: scale not positive and finite (where the host can see it; elsewhere y is NaN), an empty or too
+            wide quantized range, a zero point outside it, parameters of a wrong shape or on another device.
+        IndexError: axis out of range.
+
+    >>> x = torch.tensor([-1.0, 0.26, 0.74, 9.0], requires_grad=True)
+    >>> y = fake_quantize(x, scale=0.5, zero_point=0, quant_min=-2, quant_max=7)
+    >>> y.tolist()
+    [-1.0, 0.5, 0.5, 3.5]
+    >>> y.sum().backward()
+    >>> x.grad.tolist()
+    [1.0, 1.0, 1.0, 0.0]
+    """
+    chosen = _resolve(x, backend)
+    if chosen is Backend.NATIVE:
+        if isinstance(scale, (int, float)) and isinstance(zero_point, (int, float)) and axis is None and step is None:
+            return _FAKE_QUANTIZE_NUMBER(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-any-return]
+        scale = _as_parameter(scale, x, axis, torch.float32, "scale")
+        zero_point = _as_parameter(zero_point, x, axis, torch.int32, "zero_point")
+        return _FAKE_QUANTIZE(x, scale, zero_point, quant_min, quant_max, axis, step, start_step)  # type: ignore[no-any-return]
+    axis = check_arguments(x, quant_min, quant_max, axis)
+    if isinstance(zero_point, (int, float)) and not quant_min <= zero_point <= quant_max:
+        raise ValueError(f"zero_point must lie in [{quant_min}, {quant_max}], got {zero_point}")
+    if isinstance(scale, (int, float)) and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    scale = _as_parameter(scale, x, axis, torch.float32, "scale")
+    zero_point = _as_parameter(zero_point, x, axis, torch.int32, "zero_point")
+    for value, name in ((scale, "scale"), (zero_point, "zero_point")):
+        _check_parameter(value, x, axis, name)
+    _check_scale_on_host(scale)
+    if chosen is Backend.TRITON:
+        twin = _twin().fake_quantize_forward
+        return _run_triton(twin, x, scale, zero_point, quant_min, quant_max, axis, step, start_step)
+    if step is None:
+        return reference.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
+    y = reference.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
+    return torch.where(step >= start_step, y, x)
+
+
+def fake_quantize_weight(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    axis: int | None = None,
+    *,
+    step: Tensor | None = None,
+    start_step: int = 0,
+    backend: Backend = Backend.AUTO,
+) -> Tensor:
+    """Fake-quantize x with its own current range, writing the scale and zero point it chose.
+
+    One operation does min/max, scale and zero point, and fake-quantization::
+
+        symmetric  scale = max|x| / ((quant_max - quant_min) / 2); zero_point 0, or the middle of an unsigned range
+        affine     scale = (max - min) / (quant_max - quant_min), the range extended to hold 0
+                   zero_point = clamp(quant_min - rint(min / scale), quant_min, quant_max)
+
+    With symmetric statistics and quant_min = -quant_max nothing is ever clipped: the backward is the identity and
+    saves nothing. Source: Jacob et al. 2018, section 3 (weights use their current range).
+
+    Args:
+        x: floating-point tensor, as in ``fake_quantize``.
+        scale: float32 tensor that receives the scale: 1 element, or [channels] with ``axis``.
+        zero_point: int32 tensor of the same shape that receives the zero point.
+        quant_min, quant_max, axis, step, start_step, backend: as in ``fake_quantize``.
+        symmetric: the scheme.
+
+    Returns:
+        A tensor like x. An all-zero tensor or channel gets the smallest normal float32 as its scale.
+
+    Raises:
+        TypeError, ValueError, IndexError: as ``fake_quantize``.
+
+    >>> scale, zero_point = torch.empty(()), torch.empty((), dtype=torch.int32)
+    >>> fake_quantize_weight(torch.tensor([-1.27, 0.5]), scale, zero_point, -127, 127, symmetric=True).tolist()
+    [-1.2699999809265137, 0.5]
+    >>> round(scale.item(), 6), zero_point.item()
+    (0.01, 0)
+    """
+    chosen = _resolve(x, backend)
+    if chosen is Backend.NATIVE:
+        return _FAKE_QUANTIZE_WEIGHT(  # type: ignore[no-any-return]
+            x, scale, zero_point, quant_min, quant_max, symmetric, axis, step, start_step
+        )
+    axis = check_arguments(x, quant_min, quant_max, axis)
+    for value, name in ((scale, "scale"), (zero_point, "zero_point")):
+        _check_parameter(value, x, axis, name)
+    if chosen is Backend.TRITON:
+        twin = _twin().fake_quantize_weight_forward
+        needs_mask = not (symmetric and quant_min == -quant_max)
+        arguments = (scale, zero_point, quant_min, quant_max, symmetric, axis, step, start_step)
+        return _run_triton(twin, x, *arguments, needs_mask=needs_mask)
+    y, new_scale, new_zero_point = reference.fake_quantize_weight(x, quant_min, quant_max, symmetric, axis)
+    _write(scale, new_scale)
+    _write(zero_point, new_zero_point)
+    return y if step is None else torch.where(step >= start_step, y, x)
+
+
+def fake_quantize_activation(
+    x: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    observing: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    ema_decay: float = 0.99,
+    axis: int | None = None,
+    *,
+    step: Tensor | None = None,
+    start_step: int = 0,
+    backend: Backend = Backend.AUTO,
+) -> Tensor:
+    """Take x into a moving average of its range, then fake-quantize it with the scale of that range.
+
+    One operation, all state on x's device, no host synchronisation::
+
+        running_min = running_min * ema_decay + min(x) * (1 - ema_decay)       and running_max alike
+        scale, zero_point from the running range as in ``fake_quantize_weight``
+        y = fake_quantize(x, scale, zero_point, quant_min, quant_max)
+
+    The first batch stands for the running range too. A batch without a finite range (empty, all NaN, holding an
+    infinity) changes nothing; NaN elements are left out of the range. Source: Jacob et al. 2018, section 3.1.
+
+    Args:
+        x: floating-point tensor, as in ``fake_quantize``.
+        running_min, running_max: float32 state, 1 element or [channels] with ``axis``; +inf and -inf: nothing seen.
+        scale, zero_point: float32 and int32 state of the same shape.
+        observing: 1-element bool tensor. While it is 0 the state stands still and x is not read for statistics.
+        ema_decay: weight of the past, in (0, 1).
+        quant_min, quant_max, symmetric, axis, step, start_step, backend: as in ``fake_quantize_weight``.
+
+    Returns:
+        A tensor like x; x's values, with its gradient, while step < start_step or nothing has been seen.
+
+    Raises:
+        TypeError, ValueError, IndexError: as ``fake_quantize``.
+
+    >>> low, high = torch.tensor(float("inf")), torch.tensor(float("-inf"))
+    >>> scale, zero_point = torch.ones(()), torch.zeros((), dtype=torch.int32)
+    >>> x = torch.tensor([-1.0, 0.2, 1.55])
+    >>> y = fake_quantize_activation(x, low, high, scale, zero_point, torch.tensor(True), 0, 255, symmetric=False)
+    >>> round(scale.item(), 4), zero_point.item()
+    (0.01, 100)
+    """
+    chosen = _resolve(x, backend)
+    if chosen is Backend.NATIVE:
+        return _FAKE_QUANTIZE_ACTIVATION(  # type: ignore[no-any-return]
+            x,
+            running_min,
+            running_max,
+            scale,
+            zero_point,
+            observing,
+            quant_min,
+            quant_max,
+            symmetric,
+            ema_decay,
+            axis,
+            step,
+            start_step,
+        )
+    axis = check_arguments(x, quant_min, quant_max, axis)
+    if not 0.0 < ema_decay < 1.0:
+        raise ValueError(f"ema_decay must lie in (0, 1), got {ema_decay}")
+    state = {"running_min": running_min, "running_max": running_max, "scale": scale, "zero_point": zero_point}
+    for name, value in state.items():
+        _check_parameter(value, x, axis, name)
+    if chosen is Backend.TRITON:
+        twin = _twin().fake_quantize_activation_forward
+        settings = (quant_min, quant_max, symmetric, ema_decay, axis, step, start_step)
+        return _run_triton(twin, x, *state.values(), observing, *settings)
+    observed = reference.fake_quantize_activation(
+        x, running_min, running_max, scale, zero_point, quant_min, quant_max, symmetric, ema_decay, axis
+    )
+    frozen = reference.fake_quantize_activation(
+        x, running_min, running_max, scale, zero_point, quant_min, quant_max, symmetric, ema_decay, axis, observing=False
+    )
+    on = observing.reshape(()).bool()
+    for value, new, old in zip(state.values(), observed[1:], frozen[1:], strict=True):
+        _write(value, torch.where(on, new, old))
+    y = torch.where(on, observed[0], frozen[0])
+    return y if step is None else torch.where(step >= start_step, y, x)
+
+
+def _write(target: Tensor, value: Tensor) -> None:
+    """Fill a state tensor of one or of many elements."""
+    with torch.no_grad():
+        target.copy_(value.reshape(target.shape))
