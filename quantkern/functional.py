@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkern import ops, reference  # noqa: F401  (ops registers torch.ops.quantkern)
+from quantkern import ops, reference
 from quantkern import triton as triton_twins
 from quantkern.backend import Backend
 
@@ -123,8 +123,7 @@ def _check_parameter(value: Tensor, x: Tensor, axis: int | None, name: str) -> N
     if value.numel() != expected or value.dim() > 1:
         where = "one value" if axis is None else f"a vector of {expected} values, one a channel of axis {axis}"
         raise ValueError(f"{name} must hold {where}, got shape {list(value.shape)}")
-    if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device}, x on {x.device}; move it with {name}.to(x.device)")
+    ops.check_device(value, x, name)
 
 
 def _check_scale_on_host(scale: Tensor) -> None:

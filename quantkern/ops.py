@@ -6,6 +6,8 @@ how to mend it; nothing is replaced silently.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,43 +40,92 @@ def _load() -> None:
 _load()
 
 
-def _mask(x: Tensor, with_mask: bool) -> Tensor:
-    """One bit an element, or nothing."""
-    return x.new_empty([(x.numel() + 7) // 8 if with_mask else 0], dtype=torch.uint8)
+def check_device(value: Tensor, x: Tensor, name: str) -> None:
+    """State and parameters must lie where x lies."""
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, x on {x.device}; move it with {name}.to(x.device)")
 
 
-@torch.library.register_fake("quantkern::fake_quantize")
-@torch.library.register_fake("quantkern::fake_quantize.number")
-@torch.library.register_fake("quantkern::fake_quantize_weight")
-@torch.library.register_fake("quantkern::fake_quantize_activation")
-def _like_x(x: Tensor, *_: object, **__: object) -> Tensor:
-    return torch.empty_like(x)
+def _shapes_of(x: Tensor, with_mask: bool, **parameters: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y and its mask of one bit an element, or none."""
+    for name, value in parameters.items():
+        if value is not None:
+            check_device(value, x, name)
+    return torch.empty_like(x), x.new_empty([(x.numel() + 7) // 8 if with_mask else 0], dtype=torch.uint8)
 
 
-@torch.library.register_fake("quantkern::fake_quantize_forward")
-@torch.library.register_fake("quantkern::fake_quantize_forward.number")
-@torch.library.register_fake("quantkern::fake_quantize_activation_forward")
-def _like_x_and_mask(x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-    with_mask = bool(kwargs["with_mask"] if "with_mask" in kwargs else args[-1])
-    return torch.empty_like(x), _mask(x, with_mask)
+_MaybeTensor = Tensor | None
+_MaybeAxis = int | None
 
 
-@torch.library.register_fake("quantkern::fake_quantize_weight_forward")
-def _weight_forward(
+def _fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: _MaybeAxis = None,
+    step: _MaybeTensor = None,
+    start_step: int = 0,
+    with_mask: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return _shapes_of(x, with_mask, scale=scale, zero_point=zero_point, step=step)
+
+
+def _fake_quantize_number(
+    x: Tensor, scale: float, zero_point: float, quant_min: int, quant_max: int, with_mask: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _shapes_of(x, with_mask)
+
+
+def _fake_quantize_weight(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor,
     quant_min: int,
     quant_max: int,
     symmetric: bool,
-    axis: int | None,
-    step: Tensor | None,
-    start_step: int,
-    with_mask: bool,
+    axis: _MaybeAxis = None,
+    step: _MaybeTensor = None,
+    start_step: int = 0,
+    with_mask: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), _mask(x, with_mask)
+    return _shapes_of(x, with_mask, scale=scale, zero_point=zero_point, step=step)
+
+
+def _fake_quantize_activation(
+    x: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    observing: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    ema_decay: float,
+    axis: _MaybeAxis = None,
+    step: _MaybeTensor = None,
+    start_step: int = 0,
+    with_mask: bool = False,
+) -> tuple[Tensor, Tensor]:
+    state = {"running_min": running_min, "running_max": running_max, "scale": scale, "zero_point": zero_point}
+    return _shapes_of(x, with_mask, **state, observing=observing, step=step)
+
+
+def _register(name: str, overload: str, shapes: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """The same shape function serves an operator (its y) and its forward kernel (y and mask)."""
+    torch.library.register_fake(f"quantkern::{name}{overload}", lambda *a, **k: shapes(*a, **k)[0])
+    torch.library.register_fake(f"quantkern::{name}_forward{overload}", shapes)
+
+
+_register("fake_quantize", "", _fake_quantize)
+_register("fake_quantize", ".number", _fake_quantize_number)
+_register("fake_quantize_weight", "", _fake_quantize_weight)
+_register("fake_quantize_activation", "", _fake_quantize_activation)
 
 
 @torch.library.register_fake("quantkern::fake_quantize_backward")
 def _backward(grad: Tensor, mask: Tensor, strides: list[int]) -> Tensor:
+    check_device(mask, grad, "mask")
     return grad.new_empty_strided(grad.shape, strides)

@@ -34,12 +34,13 @@ def along_axis(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The fake-quantized x and where its gradient passes.
+    """The fake-quantized x (without a gradient) and where a gradient passes.
 
     q = clamp(rint(x * (1 / scale)) + zero_point, quant_min, quant_max), y = (q - zero_point) * scale; the gradient
     passes where the rounded value lies in [quant_min, quant_max]. An unusable scale (not positive, not finite, or
     with an infinite reciprocal) makes y NaN.
     """
+    x = x.detach()
     inverse = 1.0 / scale
     usable = (scale > 0) & torch.isfinite(scale) & torch.isfinite(inverse)
     inverse = along_axis(torch.where(usable, inverse, torch.nan), x, axis)
@@ -123,11 +124,18 @@ def update_running(
 def fake_quantize_weight(
     x: Tensor, quant_min: int, quant_max: int, symmetric: bool, axis: int | None = None, *, quantizing: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, scale, zero_point): fake-quantize x with its own current range; the identity unless ``quantizing``."""
+    """(y, scale, zero_point): fake-quantize x with its own current range; the identity unless ``quantizing``.
+
+    With symmetric statistics and quant_min = -quant_max nothing is ever clipped: every gradient passes.
+    """
     low, high = min_max(x, axis)
     scale, zero_point = choose_scale(low.float(), high.float(), quant_min, quant_max, symmetric)
-    y = fake_quantize(x, scale, zero_point, quant_min, quant_max, axis) if quantizing else x.clone()
-    return y, scale, zero_point
+    if not quantizing:
+        return x.clone(), scale, zero_point
+    y, in_range = quantize(x, scale, zero_point, quant_min, quant_max, axis)
+    if symmetric and quant_min == -quant_max:
+        in_range = torch.ones_like(in_range)
+    return StraightThrough.apply(x, y, in_range), scale, zero_point
 
 
 def fake_quantize_activation(

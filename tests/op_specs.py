@@ -1,0 +1,392 @@
+"""The one inventory of operations. A row buys forward, backward, opcheck, strides, empties, compile, parity, errors.
+
+A ``Sample`` is one way of calling an operation: ``run(x, backend)`` calls it with fresh state and returns the result
+followed by every tensor the operation wrote, so that comparing two runs compares all that there is to compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkern import Backend
+from quantkern import functional as F
+
+Run = Callable[[Tensor, Backend], tuple[Tensor, ...]]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+EDGES = (0.0, -0.0, 0.5, 1.5, 2.5, -0.5, -2.5, 1e-45, -1e-40, 3e38, -3e38, math.inf, -math.inf, math.nan, 7.5, -8.5)
+"""Zeros, ties, denormals, huge values, infinities, NaN, and ties at the ends of a 4-bit range."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One way of calling an operation on tensors of ``shape``."""
+
+    name: str
+    shape: tuple[int, ...]
+    run: Run
+    edges: bool = True
+    """Whether x may hold infinities: where they are part of the statistics, there is nothing left to compare."""
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A call that must fail with this error and a message that says what was given."""
+
+    name: str
+    call: Callable[[], Any]
+    error: type[Exception]
+    message: str
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An operation, the operators it is made of, how to call it rightly and wrongly, and opcheck's arguments."""
+
+    name: str
+    schemas: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    bad: tuple[Bad, ...]
+    op_calls: Callable[[], Iterator[tuple[Any, tuple[Any, ...]]]]
+    compile_twice: bool = field(default=True)
+
+
+def make_x(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, seed: int = 0, edges: bool = True) -> Tensor:
+    """Random values of about +-3 with the edge values first, as far as they fit."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 1.5
+    if edges and x.numel():
+        count = min(len(EDGES), x.numel())
+        x.view(-1)[:count] = torch.tensor(EDGES[:count], dtype=torch.float64)
+    return x.to(dtype)
+
+
+def _int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _to(x: Tensor, *values: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if value is None else value.to(x.device) for value in values)
+
+
+def _fake_quantize(
+    scale: Any, zero_point: Any, low: int, high: int, axis: int | None = None, step: int | None = None, start: int = 0
+) -> Run:
+    def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
+        s = scale.to(x.device) if isinstance(scale, Tensor) else scale
+        z = zero_point.to(x.device) if isinstance(zero_point, Tensor) else zero_point
+        counter = None if step is None else torch.tensor(step, device=x.device)
+        return (F.fake_quantize(x, s, z, low, high, axis, step=counter, start_step=start, backend=backend),)
+
+    return run
+
+
+def _weight(
+    low: int,
+    high: int,
+    symmetric: bool,
+    axis: int | None = None,
+    channels: int = 1,
+    step: int | None = None,
+    start: int = 0,
+) -> Run:
+    def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
+        shape = () if axis is None else (channels,)
+        scale = torch.zeros(shape, device=x.device)
+        zero_point = torch.zeros(shape, dtype=torch.int32, device=x.device)
+        counter = None if step is None else torch.tensor(step, device=x.device)
+        y = F.fake_quantize_weight(
+            x, scale, zero_point, low, high, symmetric, axis, step=counter, start_step=start, backend=backend
+        )
+        return y, scale, zero_point
+
+    return run
+
+
+def activation_state(x: Tensor, shape: tuple[int, ...], *, seen: bool = False) -> tuple[Tensor, ...]:
+    """running_min, running_max, scale, zero_point."""
+    bound = 1.25 if seen else -math.inf
+    return (
+        torch.full(shape, -bound, device=x.device),
+        torch.full(shape, bound, device=x.device),
+        torch.full(shape, 0.05, device=x.device),
+        torch.full(shape, 3, dtype=torch.int32, device=x.device),
+    )
+
+
+def _activation(
+    low: int,
+    high: int,
+    symmetric: bool,
+    axis: int | None = None,
+    channels: int = 1,
+    *,
+    batches: int = 2,
+    observing: bool = True,
+    seen: bool = False,
+    step: int | None = None,
+    start: int = 0,
+) -> Run:
+    def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
+        state = activation_state(x, () if axis is None else (channels,), seen=seen)
+        flag = torch.tensor(observing, device=x.device)
+        counter = None if step is None else torch.tensor(step, device=x.device)
+        settings = (low, high, symmetric, 0.9, axis)
+        ys = [
+            F.fake_quantize_activation(
+                x * (1 + k), *state, flag, *settings, step=counter, start_step=start, backend=backend
+            )
+            for k in range(batches)
+        ]
+        return (*ys, *state)
+
+    return run
+
+
+def _vector(channels: int, low: float, high: float) -> Tensor:
+    return torch.linspace(low, high, channels)
+
+
+FAKE_QUANTIZE = OpSpec(
+    name="fake_quantize",
+    schemas=(
+        "fake_quantize",
+        "fake_quantize.number",
+        "fake_quantize_forward",
+        "fake_quantize_forward.number",
+        "fake_quantize_backward",
+    ),
+    samples=(
+        Sample("number", (37,), _fake_quantize(0.25, 0, -8, 7)),
+        Sample("number_zero_point", (3, 5, 7), _fake_quantize(0.1, 9, 0, 15)),
+        Sample("tensor", (4, 65), _fake_quantize(torch.tensor(0.05), _int32(-3), -128, 127)),
+        Sample("tensor_float_zero_point", (130,), _fake_quantize(torch.tensor([0.3]), torch.tensor([1.5]), 0, 15)),
+        Sample("wide_range", (64,), _fake_quantize(1e-4, 0, -32767, 32767)),
+        Sample("tiny_scale", (64,), _fake_quantize(1e-30, 0, -127, 127)),
+        Sample("channels_first", (6, 70), _fake_quantize(_vector(6, 0.01, 0.3), _int32(*range(-3, 3)), -8, 7, 0)),
+        Sample("channels_middle", (2, 5, 33), _fake_quantize(_vector(5, 0.1, 0.5), _int32(*[0] * 5), -8, 7, 1)),
+        Sample("channels_short_rows", (3, 5, 9), _fake_quantize(_vector(5, 0.1, 0.5), _int32(*[2] * 5), 0, 15, 1)),
+        Sample("channels_last_axis", (9, 19), _fake_quantize(_vector(19, 0.1, 0.5), torch.ones(19), -8, 7, -1)),
+        Sample("one_channel", (1, 50), _fake_quantize(torch.tensor([0.2]), _int32(1), -8, 7, 0)),
+        Sample("three_channels_last", (50, 3), _fake_quantize(_vector(3, 0.1, 0.5), _int32(0, 1, 2), 0, 3, 1)),
+        Sample("delayed", (41,), _fake_quantize(torch.tensor(0.25), _int32(0), -8, 7, step=4, start=5)),
+        Sample("delay_over", (41,), _fake_quantize(torch.tensor(0.25), _int32(0), -8, 7, step=5, start=5)),
+    ),
+    bad=(
+        Bad("integer_tensor", lambda: F.fake_quantize(torch.arange(3), 0.1, 0, -8, 7), TypeError, "floating-point"),
+        Bad("zero_scale", lambda: F.fake_quantize(torch.ones(3), 0.0, 0, -8, 7), ValueError, "scale .* got 0"),
+        Bad("nan_scale", lambda: F.fake_quantize(torch.ones(3), math.nan, 0, -8, 7), ValueError, "scale .* got nan"),
+        Bad(
+            "negative_scale_tensor",
+            lambda: F.fake_quantize(torch.ones(2, 3), torch.tensor([0.1, -0.5]), _int32(0, 0), -8, 7, 0),
+            ValueError,
+            "scale .* got -0.5",
+        ),
+        Bad(
+            "scale_without_reciprocal",
+            lambda: F.fake_quantize(torch.ones(3), 1e-40, 0, -8, 7),
+            ValueError,
+            "scale must be positive and finite",
+        ),
+        Bad("empty_range", lambda: F.fake_quantize(torch.ones(3), 0.1, 0, 7, 7), ValueError, "quant_min=7"),
+        Bad("range_too_wide", lambda: F.fake_quantize(torch.ones(3), 0.1, 0, 0, 1 << 21), ValueError, "quant_max="),
+        Bad("zero_point_outside", lambda: F.fake_quantize(torch.ones(3), 0.1, 8, -8, 7), ValueError, "zero_point"),
+        Bad(
+            "axis_out_of_range",
+            lambda: F.fake_quantize(torch.ones(3, 2), torch.ones(2), _int32(0, 0), -8, 7, 2),
+            IndexError,
+            "axis must lie in",
+        ),
+        Bad(
+            "wrong_channel_count",
+            lambda: F.fake_quantize(torch.ones(3, 2), torch.ones(3), _int32(0, 0), -8, 7, 1),
+            ValueError,
+            "scale must be a vector of 2",
+        ),
+        Bad(
+            "vector_without_axis",
+            lambda: F.fake_quantize(torch.ones(3, 2), torch.ones(3), _int32(0, 0, 0), -8, 7),
+            ValueError,
+            "give axis",
+        ),
+        Bad(
+            "other_device",
+            lambda: F.fake_quantize(torch.ones(3), torch.ones(1, device="meta"), _int32(0), -8, 7),
+            ValueError,
+            r"scale is on meta, x on cpu; move it with scale.to\(x.device\)",
+        ),
+        Bad(
+            "number_with_axis",
+            lambda: F.fake_quantize(torch.ones(3), 0.1, 0, -8, 7, 0),
+            TypeError,
+            "scale must be a vector",
+        ),
+        Bad("string_scale", lambda: F.fake_quantize(torch.ones(3), "0.1", 0, -8, 7), TypeError, "scale must be"),
+        Bad(
+            "string_backend",
+            lambda: F.fake_quantize(torch.ones(3), 0.1, 0, -8, 7, backend="native"),  # type: ignore[arg-type]
+            TypeError,
+            "backend must be a member",
+        ),
+    ),
+    op_calls=lambda: _fake_quantize_op_calls(),
+)
+
+FAKE_QUANTIZE_WEIGHT = OpSpec(
+    name="fake_quantize_weight",
+    schemas=("fake_quantize_weight", "fake_quantize_weight_forward"),
+    samples=(
+        Sample("symmetric", (6, 5, 3, 3), _weight(-127, 127, True), edges=False),
+        Sample("symmetric_unsigned", (6, 45), _weight(0, 255, True), edges=False),
+        Sample("affine", (6, 45), _weight(0, 255, False), edges=False),
+        Sample("affine_signed", (7, 9), _weight(-7, 7, False), edges=False),
+        Sample("rows", (12, 5, 3, 3), _weight(-127, 127, True, 0, 12), edges=False),
+        Sample("rows_affine", (70, 40), _weight(0, 15, False, 0, 70), edges=False),
+        Sample("rows_aligned", (5, 64), _weight(-7, 7, False, 0, 5), edges=False),
+        Sample("rows_short", (40, 1, 3, 3), _weight(0, 255, False, 0, 40), edges=False),
+        Sample("columns", (9, 21), _weight(0, 255, True, 1, 21), edges=False),
+        Sample("middle", (4, 6, 50), _weight(-127, 127, True, 1, 6), edges=False),
+        Sample("sixteen_bits", (300,), _weight(-32767, 32767, True), edges=False),
+        Sample("delayed", (6, 45), _weight(0, 255, False, step=1, start=2), edges=False),
+        Sample("delayed_rows", (6, 45), _weight(-127, 127, True, 0, 6, step=1, start=2), edges=False),
+        Sample("infinite_weight", (40,), _weight(-127, 127, True), edges=True),
+        Sample("infinite_weight_affine", (40,), _weight(0, 255, False), edges=True),
+    ),
+    bad=(
+        Bad(
+            "integer_tensor",
+            lambda: F.fake_quantize_weight(torch.arange(3), torch.ones(1), _int32(0), -8, 7, True),
+            TypeError,
+            "floating-point",
+        ),
+        Bad(
+            "zero_point_dtype",
+            lambda: F.fake_quantize_weight(torch.ones(3), torch.ones(1), torch.ones(1), -8, 7, True),
+            TypeError,
+            "zero_point must be",
+        ),
+        Bad(
+            "scale_shape",
+            lambda: F.fake_quantize_weight(torch.ones(3, 2), torch.ones(2), _int32(0, 0, 0), -8, 7, True, 0),
+            ValueError,
+            "scale must be a vector of 3",
+        ),
+        Bad(
+            "strided_state",
+            lambda: F.fake_quantize_weight(torch.ones(3, 2), torch.ones(6)[::2], _int32(0, 0, 0), -8, 7, True, 0),
+            ValueError,
+            "scale must be contiguous",
+        ),
+        Bad(
+            "empty_range",
+            lambda: F.fake_quantize_weight(torch.ones(3), torch.ones(1), _int32(0), 3, -3, True),
+            ValueError,
+            "quant_min=3",
+        ),
+    ),
+    op_calls=lambda: _weight_op_calls(),
+)
+
+FAKE_QUANTIZE_ACTIVATION = OpSpec(
+    name="fake_quantize_activation",
+    schemas=("fake_quantize_activation", "fake_quantize_activation_forward"),
+    samples=(
+        Sample("affine", (4, 5, 6, 7), _activation(0, 255, False), edges=False),
+        Sample("symmetric", (4, 55), _activation(-127, 127, True), edges=False),
+        Sample("symmetric_unsigned", (4, 55), _activation(0, 255, True), edges=False),
+        Sample("channels", (3, 6, 40), _activation(0, 255, False, 1, 6), edges=False),
+        Sample("channels_last_axis", (30, 11), _activation(-7, 7, True, 1, 11), edges=False),
+        Sample("seen_before", (50,), _activation(0, 255, False, seen=True), edges=False),
+        Sample("not_observing", (50,), _activation(0, 15, False, observing=False, seen=True)),
+        Sample("not_observing_unseen", (50,), _activation(0, 15, False, observing=False)),
+        Sample("delayed", (50,), _activation(0, 255, False, step=0, start=1), edges=False),
+        Sample("infinite_batch", (50,), _activation(0, 255, False, seen=True)),
+        Sample("infinite_first_batch", (50,), _activation(0, 255, False)),
+    ),
+    bad=(
+        Bad(
+            "decay_of_one",
+            lambda: F.fake_quantize_activation(
+                torch.ones(3), *activation_state(torch.ones(1), ()), torch.tensor(True), 0, 255, False, 1.0
+            ),
+            ValueError,
+            "ema_decay must lie in",
+        ),
+        Bad(
+            "observing_dtype",
+            lambda: F.fake_quantize_activation(
+                torch.ones(3), *activation_state(torch.ones(1), ()), torch.tensor(1), 0, 255, False
+            ),
+            TypeError,
+            "observing must be",
+        ),
+        Bad(
+            "state_shape",
+            lambda: F.fake_quantize_activation(
+                torch.ones(3, 4), *activation_state(torch.ones(1), (3,)), torch.tensor(True), 0, 255, False, 0.9, 1
+            ),
+            ValueError,
+            "running_min must be a vector of 4",
+        ),
+        Bad(
+            "step_dtype",
+            lambda: F.fake_quantize_activation(
+                torch.ones(3),
+                *activation_state(torch.ones(1), ()),
+                torch.tensor(True),
+                0,
+                255,
+                False,
+                step=torch.tensor(1.0),
+            ),
+            TypeError,
+            "step must be",
+        ),
+    ),
+    op_calls=lambda: _activation_op_calls(),
+)
+
+SPECS = (FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT, FAKE_QUANTIZE_ACTIVATION)
+
+_OPS = torch.ops.quantkern
+
+
+def _fake_quantize_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    x = torch.randn(4, 6, requires_grad=True)
+    scale, zero_point = torch.full((6,), 0.2), _int32(*[1] * 6)
+    one, zero, step = torch.tensor(0.2), _int32(0), torch.tensor(3)
+    yield _OPS.fake_quantize.default, (x, scale, zero_point, -8, 7, 1)
+    yield _OPS.fake_quantize.default, (x, one, zero, -8, 7, None, step, 5)
+    yield _OPS.fake_quantize.number, (x, 0.2, 0.0, -8, 7)
+    for with_mask in (False, True):
+        yield _OPS.fake_quantize_forward.default, (x.detach(), scale, zero_point, -8, 7, 1, None, 0, with_mask)
+        yield _OPS.fake_quantize_forward.number, (x.detach(), 0.2, 0.0, -8, 7, with_mask)
+    mask = torch.tensor([0b10110, 0xFF, 0b1], dtype=torch.uint8)
+    yield _OPS.fake_quantize_backward.default, (torch.randn(4, 6, requires_grad=True), mask, (6, 1))
+    yield _OPS.fake_quantize_backward.default, (torch.randn(4, 6), mask, (1, 4))
+
+
+def _weight_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    x = torch.randn(4, 6, requires_grad=True)
+    for symmetric, low in ((True, -127), (False, -127), (True, 0)):
+        yield _OPS.fake_quantize_weight.default, (x, torch.zeros(4), _int32(*[0] * 4), low, 127, symmetric, 0, None, 0)
+    arguments = (x.detach(), torch.zeros(()), torch.zeros((), dtype=torch.int32), 0, 255, False, None, None, 0)
+    for with_mask in (False, True):
+        yield _OPS.fake_quantize_weight_forward.default, (*arguments, with_mask)
+
+
+def _activation_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    x = torch.randn(4, 6, requires_grad=True)
+    settings = (torch.tensor(True), 0, 255, False, 0.9)
+    yield _OPS.fake_quantize_activation.default, (x, *activation_state(x, ()), *settings, None, None, 0)
+    yield _OPS.fake_quantize_activation.default, (x, *activation_state(x, (6,)), *settings, 1, torch.tensor(2), 7)
+    for with_mask in (False, True):
+        arguments = (x.detach(), *activation_state(x, ()), *settings, None, None, 0, with_mask)
+        yield _OPS.fake_quantize_activation_forward.default, arguments

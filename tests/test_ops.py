@@ -1,0 +1,192 @@
+"""What every row of the inventory buys: forward, backward, opcheck, strides, empties, compile, parity, errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from op_specs import DTYPES, SPECS, Bad, OpSpec, Sample, make_x
+from torch import Tensor
+
+from quantkern import Backend, _C
+from quantkern import functional as F
+
+SAMPLES = [pytest.param(sample, id=f"{spec.name}-{sample.name}") for spec in SPECS for sample in spec.samples]
+BY_SPEC = [pytest.param(spec, id=spec.name) for spec in SPECS]
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Equal to the last bit, NaN where NaN is expected."""
+    assert len(got) == len(expected)
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        torch.testing.assert_close(one.cpu(), other.cpu(), rtol=0, atol=0, equal_nan=True)
+
+
+def with_gradient(sample: Sample, x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
+    """Results, state and the gradient of x for one fixed gradient of y, which ends in NaN and infinity."""
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    results = sample.run(leaf, backend)
+    y = results[0]
+    grad = make_x(tuple(y.shape), y.dtype, seed=1, edges=False).to(y.device)
+    if grad.numel() > 2:
+        grad.view(-1)[-2:] = torch.tensor([torch.nan, torch.inf])
+    (dx,) = torch.autograd.grad(y, leaf, grad)
+    return (*(result.detach() for result in results), dx)
+
+
+def sample_x(sample: Sample, dtype: torch.dtype) -> Tensor:
+    return make_x(sample.shape, dtype, edges=sample.edges)
+
+
+@pytest.fixture(params=_C.supported_cpu_capabilities())
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set this processor has, in turn."""
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield request.param
+    _C.set_cpu_capability(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_results_and_gradients_equal_the_reference(sample: Sample, dtype: torch.dtype, capability: str) -> None:
+    x = sample_x(sample, dtype)
+    assert_same(with_gradient(sample, x, Backend.NATIVE), with_gradient(sample, x, Backend.REFERENCE))
+
+
+@CUDA
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_cuda_equals_the_reference(sample: Sample, dtype: torch.dtype) -> None:
+    x = sample_x(sample, dtype)
+    assert_same(with_gradient(sample, x.cuda(), Backend.NATIVE), with_gradient(sample, x, Backend.REFERENCE))
+
+
+TRITON_DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
+
+
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_triton_equals_the_reference(sample: Sample, dtype: torch.dtype, device: str) -> None:
+    from quantkern import triton
+
+    runs, why = triton.available(device)
+    if not runs:
+        pytest.skip(f"Triton does not run on {device} here: {why}")
+    x = sample_x(sample, dtype)
+    assert_same(with_gradient(sample, x.to(device), Backend.TRITON), with_gradient(sample, x, Backend.REFERENCE))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "permuted": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
+    "sliced": lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
+    "offset": lambda x: torch.cat([x.new_zeros(3), x.reshape(-1)])[3:].reshape(x.shape),
+    "stepped": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_any_strides(sample: Sample, layout: str) -> None:
+    x = LAYOUTS[layout](sample_x(sample, torch.float32))
+    got = sample.run(x, Backend.NATIVE)
+    assert got[0].stride() == torch.empty_like(x).stride()
+    assert_same(got, sample.run(x.contiguous(), Backend.REFERENCE))
+    assert_same(with_gradient(sample, x, Backend.NATIVE), with_gradient(sample, x.contiguous(), Backend.REFERENCE))
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if len(s.values[0].shape) == 4])
+def test_channels_last(sample: Sample) -> None:
+    x = sample_x(sample, torch.float32).to(memory_format=torch.channels_last)
+    got = with_gradient(sample, x, Backend.NATIVE)
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
+    assert_same(got, with_gradient(sample, x.contiguous(), Backend.REFERENCE))
+
+
+@pytest.mark.parametrize("spec", BY_SPEC)
+def test_empty_tensors_come_back_empty(spec: OpSpec) -> None:
+    for sample in spec.samples:
+        x = torch.empty((0, *sample.shape))
+        if "axis" in sample.name or "channels" in sample.name or "rows" in sample.name or "columns" in sample.name:
+            continue  # these name an axis of the full shape; covered by the next test
+        if sample.name in ("middle", "one_channel"):
+            continue
+        leaf = x.clone().requires_grad_()
+        y = sample.run(leaf, Backend.NATIVE)[0]
+        assert y.shape == x.shape
+        (dx,) = torch.autograd.grad(y, leaf, torch.empty_like(y))
+        assert dx.shape == x.shape
+
+
+def test_empty_batch_leaves_channel_state_alone() -> None:
+    low, high = torch.full((4,), -1.0), torch.full((4,), 2.0)
+    scale, zero_point = torch.full((4,), 0.5), torch.zeros(4, dtype=torch.int32)
+    flag = torch.tensor(True)
+    y = F.fake_quantize_activation(torch.empty(0, 4, 3), low, high, scale, zero_point, flag, 0, 255, False, 0.9, 1)
+    assert y.shape == (0, 4, 3)
+    assert low.tolist() == [-1.0] * 4 and scale.tolist() == [0.5] * 4
+
+
+@pytest.mark.parametrize("spec", BY_SPEC)
+def test_opcheck(spec: OpSpec) -> None:
+    for op, arguments in spec.op_calls():
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_compile_equals_eager(sample: Sample) -> None:
+    torch._dynamo.reset()
+    x = sample_x(sample, torch.float32)
+    compiled = torch.compile(lambda x: sample.run(x, Backend.AUTO), fullgraph=True, backend="aot_eager")
+    leaf = x.clone().requires_grad_()
+    eager = with_gradient(sample, x, Backend.AUTO)
+    results = compiled(leaf)
+    assert_same(tuple(r.detach() for r in results), eager[:-1])
+
+
+@pytest.mark.parametrize("spec", BY_SPEC)
+def test_inductor_equals_eager(spec: OpSpec) -> None:
+    """One sample an operation through the whole compiler, backward included, and without a gradient."""
+    torch._dynamo.reset()
+    sample = next(s for s in spec.samples if s.name in ("number", "rows", "channels"))
+    compiled = torch.compile(lambda x: sample.run(x, Backend.AUTO), fullgraph=True)
+    x = sample_x(sample, torch.float32).nan_to_num(0.0, 2.0, -2.0)
+    leaf = x.clone().requires_grad_()
+    results = compiled(leaf)
+    grad = torch.randn_like(x)
+    (dx,) = torch.autograd.grad(results[0], leaf, grad)
+    other = x.clone().requires_grad_()
+    expected = sample.run(other, Backend.NATIVE)
+    (expected_dx,) = torch.autograd.grad(expected[0], other, grad)
+    assert_same((*(r.detach() for r in results), dx), (*(r.detach() for r in expected), expected_dx))
+    with torch.no_grad():
+        assert_same(compiled(x), sample.run(x, Backend.NATIVE))
+
+
+BAD = [pytest.param(bad, id=f"{spec.name}-{bad.name}") for spec in SPECS for bad in spec.bad]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input_is_a_clear_error(bad: Bad) -> None:
+    with pytest.raises(bad.error) as caught:
+        bad.call()
+    assert re.search(bad.message, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_results_do_not_depend_on_the_number_of_threads(sample: Sample) -> None:
+    x = sample_x(sample, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = with_gradient(sample, x, Backend.NATIVE)
+        torch.set_num_threads(3)
+        assert_same(with_gradient(sample, x, Backend.NATIVE), one)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,42 @@
+"""Every operator in csrc/schema.cpp has a row in the inventory, and every source folder its twin."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from op_specs import SPECS
+
+import quantkern  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+
+
+def schemas() -> set[str]:
+    text = (ROOT / "csrc" / "schema.cpp").read_text()
+    return set(re.findall(r'"([a-z_.]+)\(Tensor', text))
+
+
+def test_the_inventory_is_complete() -> None:
+    assert schemas() == {schema for spec in SPECS for schema in spec.schemas}
+
+
+@pytest.mark.parametrize("schema", sorted(schemas()))
+def test_operators_have_kernels_and_shape_functions(schema: str) -> None:
+    name = f"quantkern::{schema}"
+    differentiable = not schema.split(".")[0].endswith(("_forward", "_backward"))
+    key = "CompositeExplicitAutograd" if differentiable else "CPU"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta") or torch._library.simple_registry.singleton.find(
+        name
+    ).fake_impl.kernel
+
+
+@pytest.mark.parametrize("spec", [spec.name for spec in SPECS])
+def test_one_stem_in_every_folder(spec: str) -> None:
+    for place in (f"csrc/cpu/{spec}.cpp", f"csrc/cuda/{spec}.cu", f"quantkern/triton/{spec}.py"):
+        assert (ROOT / place).exists(), f"{place} is missing"
+    assert hasattr(quantkern.functional, spec)
+    assert hasattr(quantkern.reference, spec)
