@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -83,13 +84,29 @@ def extension() -> object:
     )
 
 
+def record_torch() -> None:
+    """Note which torch the extension belongs to, so that importing it beside another one can say so."""
+    text = f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
+    (ROOT / "quantkern" / "_built_for.py").write_text(text)
+
+
 class BuildPy(build_py):
-    """Also records which torch the extension belongs to, so that importing it beside another one can say so."""
+    """Takes the record of torch's version into the package."""
 
     def run(self) -> None:
-        text = f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
-        (ROOT / "quantkern" / "_built_for.py").write_text(text)
+        record_torch()
         super().run()
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension, "build_py": BuildPy})
+class BuildExt(cpp_extension.BuildExtension):
+    """Also leaves the extension in the source tree: Python started there imports that copy of the package."""
+
+    def run(self) -> None:
+        record_torch()
+        super().run()
+        if not self.inplace:
+            for built in self.get_outputs():
+                shutil.copy2(built, ROOT / "quantkern" / Path(built).name)
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExt, "build_py": BuildPy})

@@ -44,8 +44,8 @@ def choose_backend(device_type: str) -> tuple[Backend, str]:
 def _resolve(x: Tensor, backend: Backend) -> Backend:
     """The backend that will run; asking for one that cannot is an error."""
     if backend is Backend.AUTO:
-        # A CPU build answers at once: this line is on the path of every small call.
-        return Backend.NATIVE if x.device.type == "cpu" else choose_backend(x.device.type)[0]
+        # The CPU is always native; the question is on the path of every small call.
+        return Backend.NATIVE if x.is_cpu else choose_backend(x.device.type)[0]
     if not isinstance(backend, Backend):
         raise TypeError(f"backend must be a member of quantkern.Backend, got {backend!r}")
     if backend is Backend.NATIVE and not has_native(x.device.type):
@@ -91,8 +91,8 @@ def _run_triton(kernel: Any, x: Tensor, *arguments: Any, needs_mask: bool = True
 def _as_parameter(value: Tensor | float, x: Tensor, axis: int | None, dtype: torch.dtype, name: str) -> Tensor:
     """A scale or zero point as a tensor; the operators check shape and device."""
     if isinstance(value, Tensor):
-        wanted = value.dtype in ((torch.float32,) if name == "scale" else (torch.float32, torch.int32))
-        return value if wanted else value.to(dtype)
+        kept = value.dtype is dtype or value.dtype is torch.float32
+        return value if kept else value.to(dtype)
     if isinstance(value, (list, tuple)):
         return torch.tensor(value, dtype=dtype, device=x.device)
     if isinstance(value, (int, float)) and axis is None:
@@ -186,7 +186,7 @@ def fake_quantize(
     """
     chosen = _resolve(x, backend)
     if chosen is Backend.NATIVE:
-        if isinstance(scale, (int, float)) and isinstance(zero_point, (int, float)) and axis is None and step is None:
+        if type(scale) is float and isinstance(zero_point, (int, float)) and axis is None and step is None:
             return _FAKE_QUANTIZE_NUMBER(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-any-return]
         scale = _as_parameter(scale, x, axis, torch.float32, "scale")
         zero_point = _as_parameter(zero_point, x, axis, torch.int32, "zero_point")
@@ -261,6 +261,8 @@ def fake_quantize_weight(
     axis = check_arguments(x, quant_min, quant_max, axis)
     for value, name in ((scale, "scale"), (zero_point, "zero_point")):
         _check_parameter(value, x, axis, name)
+    if not x.numel():
+        return x.clone()
     if chosen is Backend.TRITON:
         twin = _twin().fake_quantize_weight_forward
         needs_mask = not (symmetric and quant_min == -quant_max)

@@ -7,6 +7,7 @@ how to mend it; nothing is replaced silently.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,25 +17,19 @@ REBUILD = "pip install --force-reinstall --no-deps ."
 
 def _load() -> None:
     """Import the extension; a failure says which torch it was built for and how to rebuild it."""
+    mend = f"Build them from a checkout of quantkern with: {REBUILD}"
     try:
         from quantkern import _built_for
     except ImportError as error:
-        raise ImportError(
-            f"quantkern's compiled kernels are missing from this installation ({error}). "
-            f"Build them from a checkout of quantkern with: {REBUILD}"
-        ) from error
-    if _built_for.TORCH_VERSION != torch.__version__:
-        raise ImportError(
-            f"quantkern's kernels were built for torch {_built_for.TORCH_VERSION}, but torch {torch.__version__} is "
-            f"installed. Rebuild them from a checkout of quantkern with: {REBUILD}"
-        )
+        folder = Path(__file__).parent
+        raise ImportError(f"quantkern's compiled kernels are missing from {folder}. {mend}") from error
+    built, installed = _built_for.TORCH_VERSION, torch.__version__
+    if built != installed:
+        raise ImportError(f"quantkern's kernels were built for torch {built}, but torch {installed} is here. {mend}")
     try:
         import quantkern._C  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"quantkern's compiled kernels do not load ({error}). "
-            f"Rebuild them from a checkout of quantkern with: {REBUILD}"
-        ) from error
+        raise ImportError(f"quantkern's compiled kernels do not load ({error}). {mend}") from error
 
 
 _load()

@@ -75,7 +75,7 @@ def fake_quantize(
 
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     """Smallest and largest value per tensor or per channel. NaN is left out; with nothing seen: (+inf, -inf)."""
-    rows = x.detach().reshape(1, -1) if axis is None else x.detach().movedim(axis, 0).flatten(1)
+    rows = x.detach().reshape(1, -1) if axis is None else x.detach().movedim(axis, 0).unsqueeze(-1).flatten(1)
     if rows.dtype is not torch.float64:
         rows = rows.float()
     high = torch.where(rows.isnan(), -torch.inf, rows)
@@ -114,7 +114,7 @@ def update_running(
     finite range changes nothing.
     """
     usable = torch.isfinite(low) & torch.isfinite(high)
-    first = running_min > running_max
+    first = ~(running_min <= running_max)
     keep, take = (torch.tensor(f, dtype=running_min.dtype) for f in (ema_decay, 1.0 - ema_decay))
     new_min = torch.where(first, low, running_min) * keep + low * take
     new_max = torch.where(first, high, running_max) * keep + high * take

@@ -1,7 +1,6 @@
 // fake_quantize on the CPU: checks, layout, threads. The loops are in fake_quantize_loops_body.h.
 #include "fake_quantize.h"
 
-#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -77,11 +76,13 @@ TensorPair fake_quantize_cpu(const at::Tensor& x, const at::Tensor& scale, const
   const float* s = scales.const_data_ptr<float>();
   const Layout layout = layout_of(out, axis);
   PreparedParams params(layout, quant_min, quant_max);
+  const bool integers = zero_points.scalar_type() == at::kInt;
   for (int64_t c = 0; c < scales.numel(); ++c) {
+    const float zero = zero_point_at(zero_points, c);
     check_scale_value(s[c]);
-    if (zero_points.scalar_type() == at::kInt) check_zero_point_value(zero_point_at(zero_points, c), quant_min, quant_max);
+    if (integers) check_zero_point_value(zero, quant_min, quant_max);
+    if (c < layout.channels) params.set(c, s[c], zero);
   }
-  for (int64_t c = 0; c < layout.channels && c < scales.numel(); ++c) params.set(c, s[c], zero_point_at(zero_points, c));
   params.finish();
   run_fake_quantize(in, out, mask, params.view());
   return {out, mask};
@@ -90,7 +91,7 @@ TensorPair fake_quantize_cpu(const at::Tensor& x, const at::Tensor& scale, const
 at::Tensor fake_quantize_backward_cpu(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef strides) {
   check_input(grad);
   check_mask(grad, mask);
-  const at::Tensor out = at::empty_strided(grad.sizes(), strides, grad.options());
+  const at::Tensor out = new_strided(grad.sizes(), strides, grad);
   const at::Tensor in = grad.strides() == strides ? grad : out;
   if (in.is_same(out)) out.copy_(grad);
   const auto loop = fake_quantize_loops().select;

@@ -1,0 +1,99 @@
+"""Triton twins of the native kernels: the same names, the same numbers, for machines without a compiled extension.
+
+Importing this package does not import triton, which is optional: ``available`` says whether the kernels can run on a
+device and why not, and the kernel modules are loaded when one of their functions is first asked for.
+
+    numerics.py                  what is computed, one element at a time (twin of csrc/numerics)
+    layout.py                    how a tensor is seen by a kernel: outer x channels x inner in memory order
+    min_max.py                   the statistics pass that the two observing operations share
+    fake_quantize*.py            one module an operation: its kernels and its host function
+
+The functions take checked arguments and know nothing of autograd; quantkern.functional does both. Nothing here waits
+for the device: scales, ranges, flags and steps are read by the kernels, so a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from quantkern.triton.fake_quantize import (
+        fake_quantize_backward,
+        fake_quantize_forward,
+        fake_quantize_forward_number,
+    )
+    from quantkern.triton.fake_quantize_activation import fake_quantize_activation_forward
+    from quantkern.triton.fake_quantize_weight import fake_quantize_weight_forward
+
+__all__ = [
+    "available",
+    "fake_quantize_activation_forward",
+    "fake_quantize_backward",
+    "fake_quantize_forward",
+    "fake_quantize_forward_number",
+    "fake_quantize_weight_forward",
+]
+
+HOMES = {
+    "fake_quantize_forward": "fake_quantize",
+    "fake_quantize_forward_number": "fake_quantize",
+    "fake_quantize_backward": "fake_quantize",
+    "fake_quantize_weight_forward": "fake_quantize_weight",
+    "fake_quantize_activation_forward": "fake_quantize_activation",
+}
+"""The module that defines each function."""
+
+COMPILED_FOR = ("cuda", "xpu")
+"""Device types that Triton compiles for; ROCm devices are of type cuda in PyTorch."""
+
+
+def __getattr__(name: str) -> Callable[..., object]:
+    """Load a kernel module when one of its functions is first asked for."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function: Callable[..., object] = getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+    globals()[name] = function
+    return function
+
+
+@functools.cache
+def is_installed() -> bool:
+    """Whether triton can be imported, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU: decided by TRITON_INTERPRET when triton is first imported."""
+    language = sys.modules.get("triton.language.standard")
+    if language is None:
+        return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    return type(language.cdiv).__name__ != "JITFunction"
+
+
+def available(device: torch.device | str) -> tuple[bool, str]:
+    """Whether the Triton kernels can run on tensors of ``device``, and the reason in words.
+
+    >>> import torch
+    >>> from quantkern.triton import available
+    >>> available(torch.device("meta"))[0]
+    False
+    """
+    kind = torch.device(device).type
+    if not is_installed():
+        return False, "triton is not installed; pip install triton"
+    if is_interpreted():
+        if kind in ("cpu", *COMPILED_FOR):
+            return True, f"Triton interprets the kernels for {kind} tensors on the host (TRITON_INTERPRET=1; slow)"
+    elif kind in COMPILED_FOR:
+        return True, f"Triton compiles the kernels for {kind}"
+    elif kind == "cpu":
+        return False, "Triton has no CPU backend; set TRITON_INTERPRET=1 before triton is imported to interpret kernels"
+    return False, f"Triton does not run on {kind} tensors; move them to one of {', '.join(COMPILED_FOR)}"
