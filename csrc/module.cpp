@@ -11,8 +11,9 @@
 PYBIND11_MODULE(_C, m) {
   namespace cpu = quantkern::cpu;
   m.attr("CUDA_ARCHS") = QK_CUDA_ARCHS;
-  m.def("cpu_capability", [] { return cpu::isa_name(cpu::current_isa()); },
-        "The instruction set the CPU kernels run on.");
+  m.def(
+      "cpu_capability", [] { return cpu::isa_name(cpu::current_isa()); },
+      "The instruction set the CPU kernels run on.");
   m.def("supported_cpu_capabilities", &cpu::supported_isas, "Those this processor has, slowest first.");
   m.def("set_cpu_capability", &cpu::set_isa, "Lower the instruction set; for tests.");
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -65,6 +64,7 @@ class _TritonFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Any, arguments: tuple[Any, ...], needs_mask: bool) -> Tensor:
+        y: Tensor
         y, mask = kernel(x, *arguments, needs_mask)
         ctx.save_for_backward(mask)
         ctx.strides = y.stride()
@@ -75,17 +75,14 @@ class _TritonFunction(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         grad = grads[0]
         if mask.numel() or not grad.numel():
-            grad = _twin().fake_quantize_backward(grad, mask, ctx.strides)
+            grad = triton_twins.fake_quantize_backward(grad, mask, ctx.strides)
         return grad, None, None, None
-
-
-def _twin() -> ModuleType:
-    return triton_twins
 
 
 def _run_triton(kernel: Any, x: Tensor, *arguments: Any, needs_mask: bool = True) -> Tensor:
     mask = needs_mask and torch.is_grad_enabled() and x.requires_grad
-    return _TritonFunction.apply(x, kernel, arguments, mask)  # type: ignore[no-any-return]
+    y: Tensor = _TritonFunction.apply(x, kernel, arguments, mask)  # type: ignore[no-untyped-call]
+    return y
 
 
 def _as_parameter(value: Tensor | float, x: Tensor, axis: int | None, dtype: torch.dtype, name: str) -> Tensor:
@@ -202,7 +199,7 @@ def fake_quantize(
         _check_parameter(value, x, axis, name)
     _check_scale_on_host(scale)
     if chosen is Backend.TRITON:
-        twin = _twin().fake_quantize_forward
+        twin = triton_twins.fake_quantize_forward
         return _run_triton(twin, x, scale, zero_point, quant_min, quant_max, axis, step, start_step)
     if step is None:
         return reference.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
@@ -264,7 +261,7 @@ def fake_quantize_weight(
     if not x.numel():
         return x.clone()
     if chosen is Backend.TRITON:
-        twin = _twin().fake_quantize_weight_forward
+        twin = triton_twins.fake_quantize_weight_forward
         needs_mask = not (symmetric and quant_min == -quant_max)
         arguments = (scale, zero_point, quant_min, quant_max, symmetric, axis, step, start_step)
         return _run_triton(twin, x, *arguments, needs_mask=needs_mask)
@@ -347,14 +344,24 @@ def fake_quantize_activation(
     for name, value in state.items():
         _check_parameter(value, x, axis, name)
     if chosen is Backend.TRITON:
-        twin = _twin().fake_quantize_activation_forward
+        twin = triton_twins.fake_quantize_activation_forward
         settings = (quant_min, quant_max, symmetric, ema_decay, axis, step, start_step)
         return _run_triton(twin, x, *state.values(), observing, *settings)
     observed = reference.fake_quantize_activation(
         x, running_min, running_max, scale, zero_point, quant_min, quant_max, symmetric, ema_decay, axis
     )
     frozen = reference.fake_quantize_activation(
-        x, running_min, running_max, scale, zero_point, quant_min, quant_max, symmetric, ema_decay, axis, observing=False
+        x,
+        running_min,
+        running_max,
+        scale,
+        zero_point,
+        quant_min,
+        quant_max,
+        symmetric,
+        ema_decay,
+        axis,
+        observing=False,
     )
     on = observing.reshape(()).bool()
     for value, new, old in zip(state.values(), observed[1:], frozen[1:], strict=True):

@@ -120,7 +120,9 @@ _register("fake_quantize_weight", "", _fake_quantize_weight)
 _register("fake_quantize_activation", "", _fake_quantize_activation)
 
 
-@torch.library.register_fake("quantkern::fake_quantize_backward")
 def _backward(grad: Tensor, mask: Tensor, strides: list[int]) -> Tensor:
     check_device(mask, grad, "mask")
     return grad.new_empty_strided(grad.shape, strides)
+
+
+torch.library.register_fake("quantkern::fake_quantize_backward", _backward)

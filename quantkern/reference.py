@@ -55,14 +55,20 @@ class StraightThrough(torch.autograd.Function):
     """y, with the gradient of x where ``in_range`` and none elsewhere."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, in_range: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, x: Tensor, y: Tensor, in_range: Tensor) -> Tensor:  # noqa: D102
         ctx.save_for_backward(in_range)
         return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
         (in_range,) = ctx.saved_tensors
         return torch.where(in_range, grads[0], torch.zeros_like(grads[0])), None, None
+
+
+def straight_through(x: Tensor, y: Tensor, in_range: Tensor) -> Tensor:
+    """``StraightThrough`` as a typed function."""
+    result: Tensor = StraightThrough.apply(x, y, in_range)  # type: ignore[no-untyped-call]
+    return result
 
 
 def fake_quantize(
@@ -70,7 +76,7 @@ def fake_quantize(
 ) -> Tensor:
     """``quantize`` with its straight-through gradient."""
     y, in_range = quantize(x, scale, zero_point, quant_min, quant_max, axis)
-    return StraightThrough.apply(x, y, in_range)
+    return straight_through(x, y, in_range)
 
 
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -85,9 +91,7 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     return low.amin(1), high.amax(1)
 
 
-def choose_scale(
-    low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool
-) -> tuple[Tensor, Tensor]:
+def choose_scale(low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale (dtype of ``low``) and zero point (int32) of ranges [low, high], which are first extended to hold 0.
 
     symmetric: scale = max|x| / ((quant_max - quant_min) / 2), zero point 0, or the middle of an unsigned range.
@@ -135,7 +139,7 @@ def fake_quantize_weight(
     y, in_range = quantize(x, scale, zero_point, quant_min, quant_max, axis)
     if symmetric and quant_min == -quant_max:
         in_range = torch.ones_like(in_range)
-    return StraightThrough.apply(x, y, in_range), scale, zero_point
+    return straight_through(x, y, in_range), scale, zero_point
 
 
 def fake_quantize_activation(
@@ -168,4 +172,4 @@ def fake_quantize_activation(
     y, in_range = quantize(x, scale, zero_point, quant_min, quant_max, axis)
     active = (running_min <= running_max).all() & quantizing
     y, in_range = torch.where(active, y, x), in_range | ~active
-    return StraightThrough.apply(x, y, in_range), running_min, running_max, scale, zero_point
+    return straight_through(x, y, in_range), running_min, running_max, scale, zero_point

@@ -10,7 +10,7 @@ import torch
 from op_specs import DTYPES, SPECS, Bad, OpSpec, Sample, make_x
 from torch import Tensor
 
-from quantkern import Backend, _C
+from quantkern import _C, Backend
 from quantkern import functional as F
 
 SAMPLES = [pytest.param(sample, id=f"{spec.name}-{sample.name}") for spec in SPECS for sample in spec.samples]

@@ -29,9 +29,7 @@ def test_operators_have_kernels_and_shape_functions(schema: str) -> None:
     differentiable = not schema.split(".")[0].endswith(("_forward", "_backward"))
     key = "CompositeExplicitAutograd" if differentiable else "CPU"
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta") or torch._library.simple_registry.singleton.find(
-        name
-    ).fake_impl.kernel
+    assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
 
 
 @pytest.mark.parametrize("spec", [spec.name for spec in SPECS])

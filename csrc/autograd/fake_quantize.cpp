@@ -22,9 +22,8 @@ void mark_written(std::initializer_list<at::Tensor> state) {
     if (!each.is_inference()) torch::autograd::impl::bump_version(each);
 }
 
-at::Tensor fake_quantize(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
-                         int64_t quant_min, int64_t quant_max, MaybeAxis axis, const MaybeTensor& step,
-                         int64_t start_step) {
+at::Tensor fake_quantize(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point, int64_t quant_min,
+                         int64_t quant_max, MaybeAxis axis, const MaybeTensor& step, int64_t start_step) {
   static const auto op =
       operator_named<TensorPair(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, MaybeAxis,
                                 const MaybeTensor&, int64_t, bool)>("quantkern::fake_quantize_forward", "");
@@ -60,10 +59,9 @@ at::Tensor fake_quantize_activation(const at::Tensor& x, at::Tensor& running_min
                                     at::Tensor& scale, at::Tensor& zero_point, const at::Tensor& observing,
                                     int64_t quant_min, int64_t quant_max, bool symmetric, double ema_decay,
                                     MaybeAxis axis, const MaybeTensor& step, int64_t start_step) {
-  static const auto op =
-      operator_named<TensorPair(const at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&,
-                                const at::Tensor&, int64_t, int64_t, bool, double, MaybeAxis, const MaybeTensor&,
-                                int64_t, bool)>("quantkern::fake_quantize_activation_forward", "");
+  static const auto op = operator_named<TensorPair(
+      const at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, const at::Tensor&, int64_t, int64_t, bool,
+      double, MaybeAxis, const MaybeTensor&, int64_t, bool)>("quantkern::fake_quantize_activation_forward", "");
   at::Tensor y = straight_through(x, [&](bool with_mask) {
     return op.call(x, running_min, running_max, scale, zero_point, observing, quant_min, quant_max, symmetric,
                    ema_decay, axis, step, start_step, with_mask);

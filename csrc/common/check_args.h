@@ -23,8 +23,8 @@ inline void check_quant_range(int64_t quant_min, int64_t quant_max) {
 // The axis counted from the front, or nothing.
 inline std::optional<int64_t> check_axis(const at::Tensor& x, std::optional<int64_t> axis) {
   if (!axis.has_value()) return axis;
-  TORCH_CHECK_INDEX(-x.dim() <= *axis && *axis < x.dim(), "axis must lie in [", -x.dim(), ", ", x.dim() - 1,
-                    "] for a ", x.dim(), "-dimensional x, got ", *axis);
+  TORCH_CHECK_INDEX(-x.dim() <= *axis && *axis < x.dim(), "axis must lie in [", -x.dim(), ", ", x.dim() - 1, "] for a ",
+                    x.dim(), "-dimensional x, got ", *axis);
   return *axis < 0 ? *axis + x.dim() : *axis;
 }
 
@@ -32,11 +32,11 @@ inline std::optional<int64_t> check_axis(const at::Tensor& x, std::optional<int6
 inline void check_parameter(const at::Tensor& value, const at::Tensor& x, std::optional<int64_t> axis,
                             const char* name) {
   if (axis.has_value()) {
-    TORCH_CHECK_VALUE(value.numel() == x.size(*axis) && value.dim() <= 1, name, " must be a vector of ",
-                      x.size(*axis), " values, one a channel of axis ", *axis, ", got shape ", value.sizes());
+    TORCH_CHECK_VALUE(value.numel() == x.size(*axis) && value.dim() <= 1, name, " must be a vector of ", x.size(*axis),
+                      " values, one a channel of axis ", *axis, ", got shape ", value.sizes());
   } else {
-    TORCH_CHECK_VALUE(value.numel() == 1 && value.dim() <= 1, name, " must hold one value, got shape ",
-                      value.sizes(), "; for one value a channel give axis");
+    TORCH_CHECK_VALUE(value.numel() == 1 && value.dim() <= 1, name, " must hold one value, got shape ", value.sizes(),
+                      "; for one value a channel give axis");
   }
   TORCH_CHECK_VALUE(value.device() == x.device(), name, " is on ", value.device(), ", x on ", x.device(),
                     "; move it with ", name, ".to(x.device)");
@@ -71,8 +71,8 @@ inline void check_ema_decay(double ema_decay) {
 }
 
 // A tensor the operator writes its state into.
-inline void check_state(const at::Tensor& value, const at::Tensor& x, std::optional<int64_t> axis,
-                        at::ScalarType dtype, const char* name) {
+inline void check_state(const at::Tensor& value, const at::Tensor& x, std::optional<int64_t> axis, at::ScalarType dtype,
+                        const char* name) {
   check_dtype(value, dtype, name);
   check_parameter(value, x, axis, name);
   TORCH_CHECK_VALUE(value.is_contiguous(), name, " must be contiguous, since it is written in place; got strides ",

@@ -26,8 +26,7 @@ void run_fake_quantize(const at::Tensor& in, const at::Tensor& out, const at::Te
   const DType dtype = dtype_of(in);
   const void* x = in.const_data_ptr();
   void* y = out.mutable_data_ptr();
-  for_stretches(in.numel(),
-                [&](int64_t begin, int64_t end) { loop(dtype, x, y, bits, begin, end, params); });
+  for_stretches(in.numel(), [&](int64_t begin, int64_t end) { loop(dtype, x, y, bits, begin, end, params); });
 }
 
 void run_identity(const at::Tensor& in, const at::Tensor& out, const at::Tensor& mask) {
@@ -98,8 +97,7 @@ at::Tensor fake_quantize_backward_cpu(const at::Tensor& grad, const at::Tensor& 
   const void* g = in.const_data_ptr();
   const uint8_t* bits = mask.const_data_ptr<uint8_t>();
   void* dx = out.mutable_data_ptr();
-  for_stretches(grad.numel(),
-                [&](int64_t begin, int64_t end) { loop(grad.element_size(), g, bits, dx, begin, end); });
+  for_stretches(grad.numel(), [&](int64_t begin, int64_t end) { loop(grad.element_size(), g, bits, dx, begin, end); });
   return out;
 }
 

@@ -48,10 +48,14 @@ TensorPair fake_quantize_activation_cpu(const at::Tensor& x, at::Tensor& running
   at::Tensor mask = new_mask(x, with_mask);
   if (x.numel() == 0) return {out, mask};
   const Layout layout = layout_of(out, axis);
-  const ActivationState state{running_min.mutable_data_ptr<float>(), running_max.mutable_data_ptr<float>(),
-                              scale.mutable_data_ptr<float>(),       zero_point.mutable_data_ptr<int32_t>(),
-                              static_cast<int>(quant_min),           static_cast<int>(quant_max),
-                              symmetric,                             ema_factors(ema_decay)};
+  const ActivationState state{running_min.mutable_data_ptr<float>(),
+                              running_max.mutable_data_ptr<float>(),
+                              scale.mutable_data_ptr<float>(),
+                              zero_point.mutable_data_ptr<int32_t>(),
+                              static_cast<int>(quant_min),
+                              static_cast<int>(quant_max),
+                              symmetric,
+                              ema_factors(ema_decay)};
   if (*observing.const_data_ptr<bool>()) {
     const std::vector<Range> ranges = channel_ranges(in, layout);
     for (int64_t c = 0; c < layout.channels; ++c) state.observe(ranges[c], c);

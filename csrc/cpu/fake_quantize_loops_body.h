@@ -56,8 +56,7 @@ QK_LANE void quantize_partial(const T* x, T* y, uint8_t* mask, int64_t count, co
 }
 
 template <bool kMask, class T, class V>
-QK_LANE void quantize_some(const T* x, T* y, uint8_t* mask, int64_t i, int64_t end, const Affine<V>& p, V low,
-                           V high) {
+QK_LANE void quantize_some(const T* x, T* y, uint8_t* mask, int64_t i, int64_t end, const Affine<V>& p, V low, V high) {
   uint8_t* bits = kMask ? mask + i / 8 : nullptr;
   if (end - i >= V::width)
     quantize_group<kMask>(x + i, y + i, bits, p, low, high);
@@ -110,8 +109,7 @@ static void quantize_rows(const T* x, T* y, uint8_t* mask, int64_t begin, int64_
 }
 
 template <bool kMask, class T>
-static void quantize_typed(const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
-                           const ChannelParams& p) {
+static void quantize_typed(const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
   if (p.channels > 1 && p.inner == 1)
     quantize_columns<kMask>(static_cast<const T*>(x), static_cast<T*>(y), mask, begin, end, p);
   else
@@ -149,8 +147,7 @@ static void select_typed(const void* grad, const uint8_t* mask, void* out, int64
   for (; i < end; ++i) o[i] = (mask[i / 8] >> (i % 8) & 1) ? g[i] : E{0};
 }
 
-static void select(int64_t element_size, const void* grad, const uint8_t* mask, void* out, int64_t begin,
-                   int64_t end) {
+static void select(int64_t element_size, const void* grad, const uint8_t* mask, void* out, int64_t begin, int64_t end) {
   if (element_size == 2) return select_typed<uint16_t>(grad, mask, out, begin, end);
   if (element_size == 4) return select_typed<uint32_t>(grad, mask, out, begin, end);
   return select_typed<uint64_t>(grad, mask, out, begin, end);
@@ -209,8 +206,7 @@ static Range range(DType dtype, const void* x, int64_t begin, int64_t end) {
 }
 
 template <class T>
-static void column_ranges_typed(const void* data, int64_t begin, int64_t end, int64_t period, float* low,
-                                float* high) {
+static void column_ranges_typed(const void* data, int64_t begin, int64_t end, int64_t period, float* low, float* high) {
   using V = typename VecOf<T>::type;
   const T* x = static_cast<const T*>(data);
   for (int64_t row = begin; row < end; row += period) {

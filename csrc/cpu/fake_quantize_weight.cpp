@@ -55,10 +55,9 @@ void quantize_row_blocks(const at::Tensor& in, const at::Tensor& out, const at::
   });
 }
 
-TensorPair fake_quantize_weight_cpu(const at::Tensor& x, at::Tensor& scale, at::Tensor& zero_point,
-                                    int64_t quant_min, int64_t quant_max, bool symmetric,
-                                    std::optional<int64_t> axis, const std::optional<at::Tensor>& step,
-                                    int64_t start_step, bool with_mask) {
+TensorPair fake_quantize_weight_cpu(const at::Tensor& x, at::Tensor& scale, at::Tensor& zero_point, int64_t quant_min,
+                                    int64_t quant_max, bool symmetric, std::optional<int64_t> axis,
+                                    const std::optional<at::Tensor>& step, int64_t start_step, bool with_mask) {
   check_input(x);
   check_quant_range(quant_min, quant_max);
   axis = check_axis(x, axis);

@@ -15,9 +15,8 @@ constexpr int64_t kGrain = 65536;
 template <class F>
 void for_stretches(int64_t numel, const F& f) {
   const int64_t stretches = (numel + kStretch - 1) / kStretch;
-  at::parallel_for(0, stretches, kGrain / kStretch, [&](int64_t begin, int64_t end) {
-    f(begin * kStretch, std::min(numel, end * kStretch));
-  });
+  at::parallel_for(0, stretches, kGrain / kStretch,
+                   [&](int64_t begin, int64_t end) { f(begin * kStretch, std::min(numel, end * kStretch)); });
 }
 
 }  // namespace quantkern::cpu

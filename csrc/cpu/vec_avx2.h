@@ -11,9 +11,7 @@ QK_LANE Vec8 operator-(Vec8 a, Vec8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 QK_LANE Vec8 operator*(Vec8 a, Vec8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
 QK_LANE Vec8 min_lane(Vec8 a, Vec8 b) { return {_mm256_min_ps(a.v, b.v)}; }
 QK_LANE Vec8 max_lane(Vec8 a, Vec8 b) { return {_mm256_max_ps(a.v, b.v)}; }
-QK_LANE Vec8 round_even(Vec8 a) {
-  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+QK_LANE Vec8 round_even(Vec8 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 QK_LANE Vec8 multiply_as_float(Vec8 a, Vec8 b) { return a * b; }
 QK_LANE uint32_t equal_bits(Vec8 a, Vec8 b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)));

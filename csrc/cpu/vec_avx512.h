@@ -12,9 +12,7 @@ QK_LANE Vec16 operator-(Vec16 a, Vec16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 QK_LANE Vec16 operator*(Vec16 a, Vec16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 QK_LANE Vec16 min_lane(Vec16 a, Vec16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 QK_LANE Vec16 max_lane(Vec16 a, Vec16 b) { return {_mm512_max_ps(a.v, b.v)}; }
-QK_LANE Vec16 round_even(Vec16 a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+QK_LANE Vec16 round_even(Vec16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 QK_LANE Vec16 multiply_as_float(Vec16 a, Vec16 b) { return a * b; }
 QK_LANE uint32_t equal_bits(Vec16 a, Vec16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 

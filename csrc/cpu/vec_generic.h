@@ -14,9 +14,9 @@ struct Lanes {
   }
 };
 
-#define QK_LANEWISE(expression)                     \
-  Lanes<C> r;                                       \
-  for (int i = 0; i < 8; ++i) r.v[i] = expression;  \
+#define QK_LANEWISE(expression)                    \
+  Lanes<C> r;                                      \
+  for (int i = 0; i < 8; ++i) r.v[i] = expression; \
   return r
 template <class C>
 QK_LANE Lanes<C> operator+(Lanes<C> a, Lanes<C> b) {

@@ -15,9 +15,7 @@ namespace quantkern {
 constexpr int kQuantLimit = 1 << 20;
 
 // A scale is usable when it is positive and finite and its reciprocal is finite too.
-QK_HOST_DEVICE bool is_usable_scale(float scale) {
-  return scale > 0.0f && is_finite(scale) && is_finite(1.0f / scale);
-}
+QK_HOST_DEVICE bool is_usable_scale(float scale) { return scale > 0.0f && is_finite(scale) && is_finite(1.0f / scale); }
 
 // 1 / scale, or NaN, which turns every y into NaN, where the scale is unusable.
 QK_HOST_DEVICE float reciprocal_scale(float scale) {

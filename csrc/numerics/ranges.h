@@ -24,9 +24,7 @@ struct Range {
 QK_HOST_DEVICE Range empty_range() { return {__builtin_inff(), -__builtin_inff()}; }
 QK_HOST_DEVICE bool is_seen(const Range& r) { return r.min <= r.max; }
 QK_HOST_DEVICE bool is_finite(const Range& r) { return is_finite(r.min) && is_finite(r.max); }
-QK_HOST_DEVICE Range merge(const Range& a, const Range& b) {
-  return {min_lane(b.min, a.min), max_lane(b.max, a.max)};
-}
+QK_HOST_DEVICE Range merge(const Range& a, const Range& b) { return {min_lane(b.min, a.min), max_lane(b.max, a.max)}; }
 
 struct ScaleZeroPoint {
   float scale;
@@ -45,8 +43,7 @@ QK_HOST_DEVICE ScaleZeroPoint choose_scale(Range r, int quant_min, int quant_max
   const float raw = is_finite(width) ? width / steps : high / steps - low / steps;
   const float scale = max_lane(kSmallestScale, raw);
   const float zero_point = static_cast<float>(quant_min) - round_even(low / scale);
-  const float clamped =
-      min_lane(static_cast<float>(quant_max), max_lane(static_cast<float>(quant_min), zero_point));
+  const float clamped = min_lane(static_cast<float>(quant_max), max_lane(static_cast<float>(quant_min), zero_point));
   // An infinite range has no zero point; its scale is infinite too and makes every y NaN.
   return {scale, clamped == clamped ? static_cast<int>(clamped) : quant_min};
 }
