@@ -20,7 +20,6 @@ if (Path(_SITE) / "torch").is_dir() and _SITE not in sys.path:
     sys.path.append(_SITE)
 
 
-
 def _needed(config_settings: Any = None) -> list[str]:
     """What pip must install first. setup.py imports torch, so it is not run to find out."""
     return [] if importlib.util.find_spec("torch") else ["torch>=2.11"]

@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) fake_quantize_backward_kernel(const T* grad, const uint8_t* mask, T* out,
-                                                                        int64_t numel, bool grad_vectorizable) {
+__global__ void __launch_bounds__(kBlock)
+    fake_quantize_backward_kernel(const T* grad, const uint8_t* mask, T* out, int64_t numel, bool grad_vectorizable) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kBlock;
   for (int64_t index = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; index * kGroup < numel;
        index += stride) {
@@ -94,9 +94,8 @@ template <class T, Granularity kGranularity>
 cudaError_t launch_forward(const FakeQuantizeArguments& a, cudaStream_t stream) {
   const int64_t numel = a.view.numel();
   return launch_over_groups(fake_quantize_kernel<T, kGranularity>, numel, stream, static_cast<const T*>(a.x),
-                            static_cast<T*>(a.y), a.mask, a.view, a.parameters, a.gate,
-                            static_cast<float>(a.quant_min), static_cast<float>(a.quant_max),
-                            is_vectorizable(a.x, 1, numel));
+                            static_cast<T*>(a.y), a.mask, a.view, a.parameters, a.gate, static_cast<float>(a.quant_min),
+                            static_cast<float>(a.quant_max), is_vectorizable(a.x, 1, numel));
 }
 
 }  // namespace
@@ -111,8 +110,8 @@ cudaError_t launch_fake_quantize(const FakeQuantizeArguments& a, cudaStream_t st
   });
 }
 
-cudaError_t launch_fake_quantize_backward(DType dtype, const void* grad, const uint8_t* mask, void* out,
-                                          int64_t numel, cudaStream_t stream) {
+cudaError_t launch_fake_quantize_backward(DType dtype, const void* grad, const uint8_t* mask, void* out, int64_t numel,
+                                          cudaStream_t stream) {
   if (numel == 0) return cudaSuccess;
   return for_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

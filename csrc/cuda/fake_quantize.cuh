@@ -28,7 +28,7 @@ struct FakeQuantizeArguments {
 cudaError_t launch_fake_quantize(const FakeQuantizeArguments& arguments, cudaStream_t stream);
 
 // out = grad where the mask's bit is set, else 0; out may be grad.
-cudaError_t launch_fake_quantize_backward(DType dtype, const void* grad, const uint8_t* mask, void* out,
-                                          int64_t numel, cudaStream_t stream);
+cudaError_t launch_fake_quantize_backward(DType dtype, const void* grad, const uint8_t* mask, void* out, int64_t numel,
+                                          cudaStream_t stream);
 
 }  // namespace quantkern::cuda

@@ -32,8 +32,7 @@ struct State {
 
 // Takes one batch into the state of a channel; returns whether the channel has seen a value by now.
 __device__ __forceinline__ bool observe(const Range& batch, int64_t channel, const State& s) {
-  const Range running =
-      update_running({s.running_min[channel], s.running_max[channel]}, batch, s.factors);
+  const Range running = update_running({s.running_min[channel], s.running_max[channel]}, batch, s.factors);
   s.running_min[channel] = running.min;
   s.running_max[channel] = running.max;
   if (!is_seen(running)) return false;
@@ -44,16 +43,16 @@ __device__ __forceinline__ bool observe(const Range& batch, int64_t channel, con
 }
 
 // One warp a channel.
-__global__ void __launch_bounds__(kBlock) update_state_kernel(RangePlan plan, const Range* partials, State state,
-                                                              const bool* observing, int* blocked) {
+__global__ void __launch_bounds__(kBlock)
+    update_state_kernel(RangePlan plan, const Range* partials, State state, const bool* observing, int* blocked) {
   const bool observes = *observing;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * (kBlock / kWarp);
   for (int64_t channel = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / kWarp;
        channel < plan.view.channels; channel += stride) {
     const Range batch = observes ? combine_partials(plan, partials, channel) : empty_range();
     if (threadIdx.x % kWarp != 0) continue;
-    const bool seen = observes ? observe(batch, channel, state)
-                               : is_seen({state.running_min[channel], state.running_max[channel]});
+    const bool seen =
+        observes ? observe(batch, channel, state) : is_seen({state.running_min[channel], state.running_max[channel]});
     if (!seen) atomicOr(blocked, 1);
   }
 }
@@ -77,13 +76,12 @@ cudaError_t launch_fake_quantize_activation(const ActivationArguments& a, void* 
   if (error != cudaSuccess) return error;
   const State state = {a.running_min, a.running_max, a.scale,     a.zero_point,
                        a.quant_min,   a.quant_max,   a.symmetric, ema_factors(a.ema_decay)};
-  error = launch(update_state_kernel, ceil_div(a.view.channels, kBlock / kWarp), kBlock, stream, plan, partials,
-                 state, a.observing, blocked);
+  error = launch(update_state_kernel, ceil_div(a.view.channels, kBlock / kWarp), kBlock, stream, plan, partials, state,
+                 a.observing, blocked);
   if (error != cudaSuccess) return error;
   const Parameters parameters = {a.scale, a.zero_point, false, 0.0f, 0.0f};
   const Gate gate = {a.gate.step, a.gate.start_step, blocked};
-  return launch_fake_quantize(
-      {a.dtype, a.x, a.y, a.mask, a.view, parameters, gate, a.quant_min, a.quant_max}, stream);
+  return launch_fake_quantize({a.dtype, a.x, a.y, a.mask, a.view, parameters, gate, a.quant_min, a.quant_max}, stream);
 }
 
 }  // namespace quantkern::cuda

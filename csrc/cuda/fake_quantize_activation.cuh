@@ -25,7 +25,6 @@ struct ActivationArguments {
 // Scratch memory the launcher needs, 16-byte aligned.
 cudaError_t activation_workspace_bytes(const ActivationArguments& arguments, int64_t& bytes);
 
-cudaError_t launch_fake_quantize_activation(const ActivationArguments& arguments, void* workspace,
-                                            cudaStream_t stream);
+cudaError_t launch_fake_quantize_activation(const ActivationArguments& arguments, void* workspace, cudaStream_t stream);
 
 }  // namespace quantkern::cuda

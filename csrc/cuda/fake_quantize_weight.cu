@@ -39,9 +39,9 @@ __device__ __forceinline__ void write(const ScaleZeroPoint& chosen, int64_t chan
 }
 
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kRowBlock) quantize_weight_row_kernel(const T* x, T* y, uint8_t* mask,
-                                                                        ChannelView view, Choice choice, Gate gate,
-                                                                        bool x_vectorizable, bool y_vectorizable) {
+__global__ void __launch_bounds__(kRowBlock)
+    quantize_weight_row_kernel(const T* x, T* y, uint8_t* mask, ChannelView view, Choice choice, Gate gate,
+                               bool x_vectorizable, bool y_vectorizable) {
   const bool open = is_open(gate);
   const float quant_min = static_cast<float>(choice.quant_min), quant_max = static_cast<float>(choice.quant_max);
   for (int64_t channel = blockIdx.x; channel < view.channels; channel += gridDim.x) {
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kRowBlock) quantize_weight_row_kernel(const T*
 }
 
 // One warp a channel.
-__global__ void __launch_bounds__(kBlock) choose_weight_scale_kernel(RangePlan plan, const Range* partials,
-                                                                     Choice choice) {
+__global__ void __launch_bounds__(kBlock)
+    choose_weight_scale_kernel(RangePlan plan, const Range* partials, Choice choice) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * (kBlock / kWarp);
   for (int64_t channel = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / kWarp;
        channel < plan.view.channels; channel += stride) {
@@ -92,8 +92,8 @@ cudaError_t launch_rows(const WeightArguments& a, const Choice& choice, cudaStre
   const int64_t groups = ceil_div(a.view.inner, kGroup);
   const auto run = [&](auto kernel, int kept) {
     const int threads = static_cast<int>(ceil_div(ceil_div(groups, kept), kWarp) * kWarp);
-    return launch(kernel, a.view.channels, threads, stream, static_cast<const T*>(a.x), static_cast<T*>(a.y),
-                  a.mask, a.view, choice, a.gate, is_vectorizable(a.x, a.view.channels, a.view.inner),
+    return launch(kernel, a.view.channels, threads, stream, static_cast<const T*>(a.x), static_cast<T*>(a.y), a.mask,
+                  a.view, choice, a.gate, is_vectorizable(a.x, a.view.channels, a.view.inner),
                   is_vectorizable(a.y, a.view.channels, a.view.inner));
   };
   if (groups <= kRowBlock) return run(quantize_weight_row_kernel<T, 1>, 1);
@@ -115,9 +115,8 @@ cudaError_t weight_workspace_bytes(const WeightArguments& a, int64_t& bytes) {
 cudaError_t launch_fake_quantize_weight(const WeightArguments& a, void* workspace, cudaStream_t stream) {
   const Choice choice = {a.scale, a.zero_point, a.quant_min, a.quant_max, a.symmetric};
   if (fits_row_kernel(a)) {
-    return for_dtype(a.dtype, [&](auto* type) {
-      return launch_rows<std::remove_pointer_t<decltype(type)>>(a, choice, stream);
-    });
+    return for_dtype(a.dtype,
+                     [&](auto* type) { return launch_rows<std::remove_pointer_t<decltype(type)>>(a, choice, stream); });
   }
   RangePlan plan;
   cudaError_t error = plan_ranges(a.view, plan);
@@ -125,12 +124,12 @@ cudaError_t launch_fake_quantize_weight(const WeightArguments& a, void* workspac
   Range* partials = static_cast<Range*>(workspace);
   error = launch_ranges(a.dtype, a.x, plan, partials, nullptr, nullptr, stream);
   if (error != cudaSuccess) return error;
-  error = launch(choose_weight_scale_kernel, ceil_div(a.view.channels, kBlock / kWarp), kBlock, stream, plan,
-                 partials, choice);
+  error = launch(choose_weight_scale_kernel, ceil_div(a.view.channels, kBlock / kWarp), kBlock, stream, plan, partials,
+                 choice);
   if (error != cudaSuccess) return error;
   const Parameters parameters = {a.scale, a.zero_point, false, 0.0f, 0.0f};
-  return launch_fake_quantize(
-      {a.dtype, a.x, a.y, a.mask, a.view, parameters, a.gate, a.quant_min, a.quant_max}, stream);
+  return launch_fake_quantize({a.dtype, a.x, a.y, a.mask, a.view, parameters, a.gate, a.quant_min, a.quant_max},
+                              stream);
 }
 
 }  // namespace quantkern::cuda

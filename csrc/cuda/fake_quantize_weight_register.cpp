@@ -7,10 +7,9 @@
 namespace quantkern::cuda {
 namespace {
 
-TensorPair fake_quantize_weight_cuda(const at::Tensor& x, at::Tensor& scale, at::Tensor& zero_point,
-                                     int64_t quant_min, int64_t quant_max, bool symmetric,
-                                     std::optional<int64_t> axis, const std::optional<at::Tensor>& step,
-                                     int64_t start_step, bool with_mask) {
+TensorPair fake_quantize_weight_cuda(const at::Tensor& x, at::Tensor& scale, at::Tensor& zero_point, int64_t quant_min,
+                                     int64_t quant_max, bool symmetric, std::optional<int64_t> axis,
+                                     const std::optional<at::Tensor>& step, int64_t start_step, bool with_mask) {
   check_cuda_input(x);
   check_quant_range(quant_min, quant_max);
   axis = check_axis(x, axis);

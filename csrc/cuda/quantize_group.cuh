@@ -35,8 +35,8 @@ __device__ __forceinline__ unsigned quantize_in_place(T& value, const Affine<flo
 
 // The same for a group of one channel; returns its mask byte.
 template <class T>
-__device__ __forceinline__ unsigned quantize_in_place(Group<T>& group, const Affine<float>& affine,
-                                                      float quant_min, float quant_max) {
+__device__ __forceinline__ unsigned quantize_in_place(Group<T>& group, const Affine<float>& affine, float quant_min,
+                                                      float quant_max) {
   unsigned bits = 0;
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) bits |= quantize_in_place(group.lane[j], affine, quant_min, quant_max) << j;

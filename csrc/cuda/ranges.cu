@@ -30,15 +30,13 @@ __device__ __forceinline__ bool begin_ranges(const bool* observing, int* blocked
 
 template <class T>
 __global__ void __launch_bounds__(kBlock) ranges_by_row_kernel(const T* x, bool vectorizable, RangePlan plan,
-                                                               Range* partials, const bool* observing,
-                                                               int* blocked) {
+                                                               Range* partials, const bool* observing, int* blocked) {
   if (!begin_ranges(observing, blocked)) return;
   const ChannelView view = plan.view;
   const int64_t row_groups = ceil_div(view.inner, kGroup), groups = view.outer * row_groups;
   for (int64_t task = blockIdx.x; task < plan.splits * view.channels; task += gridDim.x) {
     const int64_t split = task / view.channels, channel = task - split * view.channels;
-    const int64_t first = split * plan.chunk;
-    const int64_t end = first + plan.chunk < groups ? first + plan.chunk : groups;
+    const int64_t first = split * plan.chunk, end = min_lane(first + plan.chunk, groups);
     Range range = empty_range();
     for (int64_t group = first + threadIdx.x; group < end; group += kBlock) {
       const int64_t row = view.outer == 1 ? 0 : group / row_groups;
@@ -78,17 +76,17 @@ __device__ __forceinline__ void fold_rows(Range (*shared)[kBlock], const ColumnT
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) ranges_by_column_kernel(const T* x, bool vectorizable, RangePlan plan,
-                                                                  Range* partials, const bool* observing,
-                                                                  int* blocked) {
+__global__ void __launch_bounds__(kBlock)
+    ranges_by_column_kernel(const T* x, bool vectorizable, RangePlan plan, Range* partials, const bool* observing,
+                            int* blocked) {
   __shared__ Range shared[kGroup][kBlock];
   if (!begin_ranges(observing, blocked)) return;
   const ColumnTile t = tile_columns(plan.view);
   const int row_lane = static_cast<int>(threadIdx.x) / t.tile, group_lane = static_cast<int>(threadIdx.x) % t.tile;
   for (int64_t task = blockIdx.x; task < plan.splits * t.tiles; task += gridDim.x) {
     const int64_t split = task / t.tiles, column = ((task - split * t.tiles) * t.tile + group_lane) * kGroup;
-    const int64_t first = split * plan.chunk, last = first + plan.chunk;
-    const int64_t end = row_lane < t.rows && column < t.columns ? (last < plan.view.outer ? last : plan.view.outer) : 0;
+    const bool active = row_lane < t.rows && column < t.columns;
+    const int64_t first = split * plan.chunk, end = active ? min_lane(first + plan.chunk, plan.view.outer) : 0;
     Range range[kGroup];
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) range[j] = empty_range();

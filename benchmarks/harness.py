@@ -1,0 +1,473 @@
+"""Fair timing on noisy machines: contestants take turns in one process, and are checked before they are timed.
+
+A benchmark makes ``Case`` objects (one question, several ``Contestant`` answers) and hands them to ``interleave``.
+Statistics, the description of the machine, JSON, tables and charts are here too, so that a benchmark's own file
+holds only its cases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import gc
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+SAMPLE_NS = 200_000
+"""A sample shorter than this is mostly timer noise: short operations are repeated until one takes as long."""
+
+FLUSH_BYTES = 256 << 20
+"""Written before every CUDA sample: several times any GPU's L2 cache, so that no contestant finds its data there."""
+
+HEAD_START_CYCLES = 1_000_000
+"""The GPU idles this long (about 0.6 ms) before a CUDA sample, so that it never waits for the host to launch."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a check: whether the contestant may be timed, and by how much it differs, in words and numbers."""
+
+    accepted: bool
+    text: str
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do the work of a case. ``run`` does it once, whole; ``check`` compares it with the reference."""
+
+    name: str
+    run: Callable[[], object]
+    check: Callable[[], Verdict] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question: the same work on the same numbers for every contestant.
+
+    labels: what the question is, in the order of the table's columns.
+    elements, floor_bytes: the size of the work, and the bytes that cannot be avoided.
+    floor, ours: which contestants the ratios are taken to.
+    host_time: time the call as the host sees it also on a GPU (for the cost of a call).
+    unavailable: contestants that cannot take part, with the reason.
+    """
+
+    labels: dict[str, str]
+    elements: int
+    floor_bytes: int
+    contestants: Sequence[Contestant]
+    device: torch.device
+    floor: str = "copy"
+    ours: str = "quantkern"
+    host_time: bool = False
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The labels in one line."""
+        return " ".join(self.labels.values())
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contestant's figures in one case. Times are of one operation; the ratios are of medians.
+
+    to_floor: this contestant's time over the floor's. to_ours: this contestant's time over ours, so 10 means that
+    ours is ten times as fast. None where the floor or ours is not among the contestants.
+    """
+
+    labels: dict[str, str]
+    contestant: str
+    samples: int
+    repeats: int
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    ns_per_element: float
+    gb_per_s: float
+    to_floor: float | None
+    to_ours: float | None
+    check: str
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A contestant that was not timed, and why."""
+
+    labels: dict[str, str]
+    contestant: str
+    reason: str
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value below which ``percent`` of the values lie, interpolated linearly between neighbours.
+
+    >>> percentile([4.0, 1.0, 2.0, 3.0], 50)
+    2.5
+    """
+    if not values:
+        raise ValueError("percentile of no values")
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+class CpuTimer:
+    """Wall time of ``repeats`` calls, in nanoseconds a call, after one call that brings the data into the caches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def repeats(self, run: Callable[[], object]) -> int:
+        """How many calls make a sample of SAMPLE_NS."""
+        for _ in range(2):
+            run()
+        count = 1
+        while True:
+            elapsed = self.sample(run, count) * count
+            if elapsed >= SAMPLE_NS:
+                return count
+            count = max(count * 2, min(count * 20, math.ceil(1.2 * count * SAMPLE_NS / max(elapsed, 1))))
+
+    def sample(self, run: Callable[[], object], repeats: int) -> float:
+        """One sample."""
+        run()
+        self.synchronize()
+        start = time.perf_counter_ns()
+        for _ in range(repeats):
+            run()
+        self.synchronize()
+        return (time.perf_counter_ns() - start) / repeats
+
+
+class CudaTimer:
+    """Device time of one call, in nanoseconds, with a cold L2 cache and without the host's launch time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def repeats(self, run: Callable[[], object]) -> int:
+        """Always one: a second call would find its data in the cache."""
+        for _ in range(3):
+            run()
+        return 1
+
+    def sample(self, run: Callable[[], object], repeats: int) -> float:  # noqa: ARG002
+        """One sample."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self.scratch.zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e6
+
+
+def interleave(
+    cases: Iterable[Case], seconds: float = 2.0, min_rounds: int = 7, max_rounds: int = 300, seed: int = 0
+) -> Iterator[tuple[Case, list[Result], list[Excluded]]]:
+    """Check, then time each case's contestants: rounds in which each takes one sample, in a new random order.
+
+    Drift of the machine (clock, neighbours) then falls on all of them alike. ``seconds`` limits the timing of a
+    case, not its checks; at least ``min_rounds`` are taken. Cases are taken from the iterable one at a time, so
+    that only one holds memory.
+    """
+    order = random.Random(seed)
+    for case in cases:
+        excluded = [Excluded(case.labels, name, reason) for name, reason in case.unavailable.items()]
+        accepted: dict[str, tuple[Contestant, Verdict]] = {}
+        for contestant in case.contestants:
+            try:
+                verdict = contestant.check() if contestant.check else Verdict(True, "")
+            except Exception as error:  # a peer that cannot do this case is a finding, not the end of the run
+                if contestant.name == case.ours:
+                    raise
+                reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+                excluded.append(Excluded(case.labels, contestant.name, reason[:200]))
+                continue
+            if verdict.accepted:
+                accepted[contestant.name] = (contestant, verdict)
+            else:
+                excluded.append(Excluded(case.labels, contestant.name, verdict.text))
+        yield case, _time(case, accepted, seconds, min_rounds, max_rounds, order), excluded
+
+
+def _time(
+    case: Case,
+    accepted: dict[str, tuple[Contestant, Verdict]],
+    seconds: float,
+    min_rounds: int,
+    max_rounds: int,
+    order: random.Random,
+) -> list[Result]:
+    on_device = case.device.type == "cuda" and not case.host_time
+    timer = CudaTimer(case.device) if on_device else CpuTimer(case.device)
+    names = list(accepted)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        repeats = {name: timer.repeats(accepted[name][0].run) for name in names}
+        deadline = time.perf_counter() + seconds
+        for done in range(max_rounds):
+            if done >= min_rounds and time.perf_counter() >= deadline:
+                break
+            for name in order.sample(names, len(names)):
+                samples[name].append(timer.sample(accepted[name][0].run, repeats[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    medians = {name: percentile(values, 50) for name, values in samples.items()}
+    floor, ours = medians.get(case.floor), medians.get(case.ours)
+    return [
+        Result(
+            labels=case.labels,
+            contestant=name,
+            samples=len(samples[name]),
+            repeats=repeats[name],
+            p20_ms=percentile(samples[name], 20) / 1e6,
+            p50_ms=median / 1e6,
+            p80_ms=percentile(samples[name], 80) / 1e6,
+            ns_per_element=median / case.elements,
+            gb_per_s=case.floor_bytes / median,
+            to_floor=median / floor if floor else None,
+            to_ours=median / ours if ours else None,
+            check=accepted[name][1].text,
+            figures=accepted[name][1].figures,
+        )
+        for name, median in medians.items()
+    ]
+
+
+# --- where and with what it ran
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def commit() -> dict[str, Any]:
+    """The commit that ran and whether the tree differs from it (results being written do not count)."""
+    changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return {"hash": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def versions(distributions: Iterable[str] = ()) -> dict[str, str | None]:
+    """Versions of Python, torch and the named distributions; None: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in distributions:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def environment(device: torch.device, distributions: Iterable[str] = ()) -> dict[str, Any]:
+    """Machine, versions, commit and date: what a reader needs to place the numbers."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine: dict[str, Any] = {
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "cores_allowed": affinity,
+        "threads": torch.get_num_threads(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine["gpu"] = properties.name
+        machine["gpu_capability"] = f"{properties.major}.{properties.minor}"
+        machine["gpu_memory_bytes"] = properties.total_memory
+        machine["cuda"] = torch.version.cuda
+    return {
+        "machine": machine,
+        "versions": versions(distributions),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+# --- what comes out
+
+
+def write_json(
+    path: Path,
+    benchmark: str,
+    where: dict[str, Any],
+    arguments: dict[str, Any],
+    results: Sequence[Result],
+    excluded: Sequence[Excluded],
+) -> None:
+    """Everything that was measured, in one file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "benchmark": benchmark,
+        **where,
+        "arguments": arguments,
+        "results": [dataclasses.asdict(result) for result in results],
+        "excluded": [dataclasses.asdict(one) for one in excluded],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def read_json(path: Path) -> tuple[dict[str, Any], list[Result], list[Excluded]]:
+    """What ``write_json`` wrote: the whole document, its results and its exclusions."""
+    document = json.loads(path.read_text())
+    return (
+        document,
+        [Result(**one) for one in document["results"]],
+        [Excluded(**one) for one in document["excluded"]],
+    )
+
+
+def figure(value: float | None, suffix: str = "") -> str:
+    """Three significant digits.
+
+    >>> figure(0.012345), figure(12.345), figure(1234.5, "x"), figure(None)
+    ('0.0123', '12.3', '1234x', '-')
+    """
+    if value is None:
+        return "-"
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}{suffix}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}f}{suffix}"
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
+    """A table on the terminal, with rich where it is installed; all but the first ``text_columns`` aligned right."""
+    try:
+        if not sys.stdout.isatty():
+            raise ImportError  # rich would fold the columns of a file to 80 characters
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+        print(f"\n{title}")
+        for row in (columns, ["-" * width for width in widths], *rows):
+            cells = (
+                c.ljust(w) if i < text_columns else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            )
+            print("  ".join(cells).rstrip())
+        return
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < text_columns else "right", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_case(case: Case, results: Sequence[Result], excluded: Sequence[Excluded]) -> None:
+    """All figures of one case."""
+    columns = ["contestant", "p20 ms", "p50 ms", "p80 ms", "ns/element", "GB/s", "x copy", "x ours", "check"]
+    rows = [
+        [
+            one.contestant,
+            *(figure(value) for value in (one.p20_ms, one.p50_ms, one.p80_ms, one.ns_per_element, one.gb_per_s)),
+            figure(one.to_floor),
+            figure(one.to_ours),
+            one.check,
+        ]
+        for one in sorted(results, key=lambda one: one.p50_ms)
+    ]
+    print_table(case.name, columns, rows)
+    for one in excluded:
+        print(f"  not timed: {one.contestant}: {one.reason}")
+    sys.stdout.flush()
+
+
+def print_summary(title: str, results: Sequence[Result], floor: str = "copy", ours: str = "quantkern") -> None:
+    """One row a case: the floor's and our time, ours over the floor, and each peer's time over ours."""
+    if not results:
+        print("nothing was timed")
+        return
+    cases: dict[str, dict[str, Result]] = {}
+    for result in results:
+        cases.setdefault(" ".join(result.labels.values()), {})[result.contestant] = result
+    peers = [name for name in dict.fromkeys(one.contestant for one in results) if name not in (floor, ours)]
+    columns = [*results[0].labels, f"{floor} ms", f"{ours} ms", f"{ours}/{floor}"]
+    columns += [f"{name}/{ours}" for name in peers]
+    rows = []
+    for timed in cases.values():
+        labels = next(iter(timed.values())).labels
+        row = list(labels.values())
+        row += [figure(timed[name].p50_ms) if name in timed else "-" for name in (floor, ours)]
+        row.append(figure(timed[ours].to_floor) if ours in timed else "-")
+        row += [figure(timed[name].to_ours, "x") if name in timed else "-" for name in peers]
+        rows.append(row)
+    print_table(title, columns, rows, text_columns=len(results[0].labels))
+
+
+def require_matplotlib() -> ModuleType:
+    """matplotlib.pyplot, or an end with the command that installs it."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
+    return plt
+
+
+def plot(path: Path, title: str, results: Sequence[Result]) -> None:
+    """A bar chart of the medians on a logarithmic scale, one group a case; whiskers from p20 to p80."""
+    plt = require_matplotlib()
+    cases = list(dict.fromkeys(" ".join(one.labels.values()) for one in results))
+    names = list(dict.fromkeys(one.contestant for one in results))
+    height = 0.8 / max(len(names), 1)
+    chart, axes = plt.subplots(figsize=(10, 1.5 + len(cases) * max(0.5, 0.16 * len(names))))
+    for i, name in enumerate(names):
+        timed = {" ".join(one.labels.values()): one for one in results if one.contestant == name}
+        places = [j + (i - (len(names) - 1) / 2) * height for j, case in enumerate(cases) if case in timed]
+        chosen = [timed[case] for case in cases if case in timed]
+        whiskers = [[one.p50_ms - one.p20_ms for one in chosen], [one.p80_ms - one.p50_ms for one in chosen]]
+        axes.barh(places, [one.p50_ms for one in chosen], height, xerr=whiskers, label=name, color=f"C{i % 10}")
+    axes.set_yticks(range(len(cases)), cases)
+    axes.set_ylim(len(cases) - 0.5, -0.5)  # the first case on top
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds (median; whiskers p20 to p80)")
+    axes.set_title(title)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    chart.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chart.savefig(path, dpi=130)
+    plt.close(chart)

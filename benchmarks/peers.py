@@ -1,0 +1,340 @@
+"""What else a user could call for the same work: ATen, torch.compile, brevitas, torchao and NNI.
+
+An adapter takes a ``Problem`` and returns a function of no arguments that does the operation once on
+``problem.x`` and returns y. Everything that a user sets up once (modules, state, compilation) happens before that.
+``Unsupported`` says that a library has no such operation; that is printed, not hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkern import reference
+
+FAKE_QUANTIZE, WEIGHT, ACTIVATION = "fake_quantize", "weight", "activation"
+OPERATIONS = {
+    FAKE_QUANTIZE: "fake-quantize with a given scale and zero point",
+    WEIGHT: "min and max of the tensor, scale (symmetric, -127..127), fake-quantize",
+    ACTIVATION: "min and max, moving average (decay 0.99), scale and zero point (affine, 0..255), fake-quantize",
+}
+EMA_DECAY = 0.99
+
+
+class Unsupported(Exception):
+    """The library has no operation for this problem."""
+
+
+@dataclass
+class Problem:
+    """The work: an operation on a tensor of its own, and the numbers that all contestants share.
+
+    x: the tensor, an nn.Parameter; its values may change between calls, the object does not.
+    scale, zero_point: of ``fake_quantize``; the other operations find their own.
+    axis: None quantizes per tensor.
+    """
+
+    operation: str
+    x: nn.Parameter
+    scale: Tensor
+    zero_point: Tensor
+    quant_min: int
+    quant_max: int
+    symmetric: bool
+    axis: int | None
+
+    @property
+    def channels(self) -> int:
+        """How many scales there are."""
+        return 1 if self.axis is None else self.x.shape[self.axis]
+
+    def state(self) -> dict[str, Tensor]:
+        """Fresh device state: range (nothing seen), scale and zero point, one value a channel."""
+        device = self.x.device
+        return {
+            "running_min": torch.full((self.channels,), torch.inf, device=device),
+            "running_max": torch.full((self.channels,), -torch.inf, device=device),
+            "scale": torch.ones(self.channels, device=device),
+            "zero_point": torch.zeros(self.channels, dtype=torch.int32, device=device),
+        }
+
+
+Adapter = Callable[[Problem], Callable[[], Tensor]]
+
+
+# --- the specification itself
+
+
+def reference_adapter(p: Problem) -> Callable[[], Tensor]:
+    """quantkern.reference, plain PyTorch."""
+    step = _reference_step(p)
+    return lambda: step(p.x)
+
+
+def _reference_step(p: Problem) -> Callable[[Tensor], Tensor]:
+    s = p.state()
+    if p.operation == FAKE_QUANTIZE:
+        return lambda x: reference.fake_quantize(x, p.scale, p.zero_point, p.quant_min, p.quant_max, p.axis)
+    if p.operation == WEIGHT:
+
+        def weight(x: Tensor) -> Tensor:
+            y, scale, zero_point = reference.fake_quantize_weight(x, p.quant_min, p.quant_max, p.symmetric, p.axis)
+            s["scale"].copy_(scale.detach())
+            s["zero_point"].copy_(zero_point)
+            return y
+
+        return weight
+
+    def activation(x: Tensor) -> Tensor:
+        y, *new = reference.fake_quantize_activation(
+            x,
+            s["running_min"],
+            s["running_max"],
+            s["scale"],
+            s["zero_point"],
+            p.quant_min,
+            p.quant_max,
+            p.symmetric,
+            EMA_DECAY,
+            p.axis,
+        )
+        for old, value in zip(s.values(), new, strict=True):
+            old.copy_(value)
+        return y
+
+    return activation
+
+
+def compiled(p: Problem) -> Callable[[], Tensor]:
+    """torch.compile of quantkern.reference, with fixed shapes and without graph breaks."""
+    torch._dynamo.reset()  # a new shape must not count as a recompilation of the last one
+    step = torch.compile(_reference_step(p), fullgraph=True, dynamic=False)
+    return lambda: step(p.x)
+
+
+# --- ATen
+
+
+def aten(p: Problem) -> Callable[[], Tensor]:
+    """torch.fake_quantize_per_{tensor,channel}_affine."""
+    if p.operation != FAKE_QUANTIZE:
+        raise Unsupported("takes a given scale and zero point only")
+    x, low, high = p.x, p.quant_min, p.quant_max
+    if p.axis is None:
+        scale, zero_point = float(p.scale), int(p.zero_point)
+        return lambda: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
+    axis = p.axis
+    return lambda: torch.fake_quantize_per_channel_affine(x, p.scale, p.zero_point, axis, low, high)
+
+
+def aten_fused(p: Problem) -> Callable[[], Tensor]:
+    """torch.fused_moving_avg_obs_fake_quant; with an averaging constant of 1 where the current range is wanted.
+
+    It takes channels on axis 0 only, at least on the CPU: for another axis it is given x with that axis moved to the
+    front (a view).
+    """
+    if p.operation == FAKE_QUANTIZE:
+        raise Unsupported("always has a range of its own")
+    s = p.state()
+    on = torch.ones(1, dtype=torch.long, device=p.x.device)
+    constant = 1.0 if p.operation == WEIGHT else 1.0 - EMA_DECAY
+    channel_axis, per_row = (-1, False) if p.axis is None else (0, True)
+
+    def step(x: Tensor) -> Tensor:
+        return torch.fused_moving_avg_obs_fake_quant(
+            x, on, on, s["running_min"], s["running_max"], s["scale"], s["zero_point"],
+            constant, p.quant_min, p.quant_max, channel_axis, per_row, p.symmetric,
+        )  # fmt: skip
+
+    axis = p.axis
+    if axis is None or axis == 0:
+        return lambda: step(p.x)
+    return lambda: step(p.x.movedim(axis, 0)).movedim(0, axis)
+
+
+# --- brevitas
+
+
+def _over_channels(parameter: Tensor, p: Problem) -> Tensor:
+    return reference.along_axis(parameter, p.x, p.axis)
+
+
+def _layer_for(x: Tensor) -> tuple[type[nn.Module], dict[str, Any], Tensor]:
+    """The class and arguments of the layer whose weight has x's shape, and an input it takes."""
+    if x.dim() == 4:
+        arguments = {"in_channels": x.shape[1], "out_channels": x.shape[0], "kernel_size": tuple(x.shape[2:])}
+        return nn.Conv2d, {**arguments, "bias": False}, x.new_zeros(1, *x.shape[1:])
+    if x.dim() == 2:
+        arguments = {"in_features": x.shape[1], "out_features": x.shape[0]}
+        return nn.Linear, {**arguments, "bias": False}, x.new_zeros(1, x.shape[1])
+    raise Unsupported(f"no layer has a weight of {x.dim()} dimensions")
+
+
+def brevitas(p: Problem) -> Callable[[], Tensor]:
+    """brevitas: its IntQuant core for a given scale, QuantConv2d or QuantLinear's quant_weight() for weights."""
+    import brevitas.nn as qnn
+    from brevitas.core.quant import IntQuant
+    from brevitas.quant import Int8WeightPerChannelFloat, Int8WeightPerTensorFloat
+
+    if p.operation == ACTIVATION:
+        raise Unsupported("no quantization by a moving average of min and max (percentiles, then a learned parameter)")
+    if p.operation == FAKE_QUANTIZE:
+        core = IntQuant(narrow_range=p.quant_min == -127, signed=p.quant_min < 0, input_view_impl=nn.Identity())
+        scale, zero_point = _over_channels(p.scale, p), _over_channels(p.zero_point, p).float()
+        bits = torch.tensor(8.0, device=p.x.device)
+        return lambda: core(scale, zero_point, bits, p.x)  # type: ignore[no-any-return]
+    plain, arguments, _ = _layer_for(p.x)
+    layer_class = qnn.QuantConv2d if plain is nn.Conv2d else qnn.QuantLinear
+    weight_quant = Int8WeightPerTensorFloat if p.axis is None else Int8WeightPerChannelFloat
+    layer = layer_class(**arguments, weight_quant=weight_quant).to(p.x.device, p.x.dtype)
+    layer.weight = p.x
+    layer.weight_quant.init_tensor_quant()
+    return lambda: layer.quant_weight().value  # type: ignore[no-any-return]
+
+
+# --- torchao
+
+
+def torchao(p: Problem) -> Callable[[], Tensor]:
+    """torchao: choose_qparams_affine and _fake_quantize_affine; FakeQuantize with its moving-average observer."""
+    from torchao.quantization import quant_primitives as primitives
+
+    block = list(p.x.shape)
+    if p.axis is not None:
+        block[p.axis] = 1
+    low, high = p.quant_min, p.quant_max
+    if p.operation == FAKE_QUANTIZE:
+        return lambda: primitives._fake_quantize_affine(  # type: ignore[no-any-return]
+            p.x, tuple(block), p.scale, p.zero_point, torch.int32, low, high
+        )
+    if p.operation == WEIGHT:
+
+        def weight() -> Tensor:
+            scale, zero_point = primitives.choose_qparams_affine(
+                p.x, primitives.MappingType.SYMMETRIC, tuple(block), torch.int32, low, high
+            )
+            return primitives._fake_quantize_affine(  # type: ignore[no-any-return]
+                p.x, tuple(block), scale, zero_point, torch.int32, low, high
+            )
+
+        return weight
+    from torchao.quantization.pt2e import fake_quantize, observer
+
+    shared = {"quant_min": low, "quant_max": high, "dtype": torch.quint8, "averaging_constant": 1.0 - EMA_DECAY}
+    module: nn.Module
+    if p.axis is None:
+        module = fake_quantize.FakeQuantize(
+            observer.MovingAverageMinMaxObserver, qscheme=torch.per_tensor_affine, **shared
+        )
+    else:
+        module = fake_quantize.FakeQuantize(
+            observer.MovingAveragePerChannelMinMaxObserver,
+            qscheme=torch.per_channel_affine,
+            ch_axis=p.axis,
+            **shared,
+        )
+    module = module.to(p.x.device)
+    return lambda: module(p.x)  # type: ignore[no-any-return]
+
+
+# --- NNI
+
+
+class _Holder(nn.Module):
+    """A model of one layer, with the parameter that NNI's constructor asks every model for."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+def nni(p: Problem) -> Callable[[], Tensor]:
+    """NNI: QAT_Quantizer's own gradient function, called as its wrapper calls it.
+
+    A given scale is its evaluation mode. Its step counter is moved on once, as its optimizer hook would.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        from nni.algorithms.compression.pytorch.quantization import QAT_Quantizer
+        from nni.compression.pytorch.quantization.literal import QuantType
+
+    if p.operation == ACTIVATION and p.axis not in (None, 1):
+        raise Unsupported("channels of activations are always dimension 1")
+    for name in ("nni", "schema"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    quantizes_weight = p.operation == WEIGHT
+    if quantizes_weight:
+        plain, arguments, dummy = _layer_for(p.x)
+        layer = plain(**arguments).to(p.x.device, p.x.dtype)
+    else:
+        layer, dummy = nn.ReLU(), p.x.detach()
+    model = _Holder(layer).to(p.x.device)
+    granularity, scheme = "per_tensor" if p.axis is None else "per_channel", "symmetric" if p.symmetric else "affine"
+    config = {
+        "quant_types": ["weight" if quantizes_weight else "input"],
+        "quant_bits": 8,
+        "op_names": ["layer"],
+        "quant_dtype": "int" if p.quant_min < 0 else "uint",
+        "quant_scheme": f"{granularity}_{scheme}",
+    }
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        quantizer = QAT_Quantizer(model, [config], torch.optim.SGD(model.parameters(), lr=0.1), dummy_input=dummy)
+    (wrapper,) = quantizer.get_modules_wrapper()
+    module, steps = wrapper.module, quantizer.bound_model.steps
+    if quantizes_weight:
+
+        def weight() -> Tensor:
+            module.weight = p.x.data  # what the wrapper does before each call
+            return quantizer.quant_grad(p.x, QuantType.WEIGHT, wrapper, None)  # type: ignore[no-any-return]
+
+        return weight
+    if p.operation == FAKE_QUANTIZE:
+        wrapper.eval()
+        module.input_scale = _over_channels(p.scale, p)
+        module.input_zero_point = _over_channels(p.zero_point, p).float()
+        return lambda: quantizer.quant_grad(p.x, QuantType.INPUT, wrapper)  # type: ignore[no-any-return]
+    first = True
+
+    def activation() -> Tensor:
+        nonlocal first
+        y: Tensor = quantizer.quant_grad(p.x, QuantType.INPUT, wrapper)
+        if first:
+            steps.add_(1)
+            first = False
+        return y
+
+    return activation
+
+
+BUILT_IN: dict[str, Adapter] = {"aten": aten, "aten-fused": aten_fused, "torch.compile": compiled}
+"""Contestants that come with torch."""
+
+INSTALLABLE: dict[str, Adapter] = {"brevitas": brevitas, "torchao": torchao, "nni": nni}
+"""Contestants that are packages of their own: ``pip install '.[peers]'``. The names are those of the modules."""
+
+DISTRIBUTIONS = ("triton", "numpy", *INSTALLABLE)
+"""Packages whose versions belong in the results."""
+
+
+def missing() -> list[str]:
+    """The installable peers that are not here."""
+    return [name for name in INSTALLABLE if importlib.util.find_spec(name) is None]
+
+
+def installed() -> dict[str, Adapter]:
+    """Every peer that can take part here."""
+    absent = missing()
+    return {**BUILT_IN, **{name: adapter for name, adapter in INSTALLABLE.items() if name not in absent}}

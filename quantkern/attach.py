@@ -1,0 +1,370 @@
+"""Puts fake-quantizers on a model's layers and takes them off again without a trace.
+
+A weight is parametrized, so that its Parameter stays the same object; inputs and outputs are reached by forward
+hooks, which are plain functions: copies, replicas and pickles of a model find their own state through the layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from quantkern.config import CHILD_NAME, LayerPlan, TensorSpec
+from quantkern.fake_quant import ActivationFakeQuant, FakeQuant, WeightFakeQuant
+
+Visit = Callable[[str, Tensor], Tensor]
+Sizes = dict[str, torch.Size]
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
+DummyInput = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
+
+_CHANNELS = {
+    "input": ("in_channels", "in_features", "in1_features", "num_features", "num_channels", "num_parameters"),
+    "output": ("out_channels", "out_features", "num_features", "num_channels", "num_parameters"),
+}
+
+
+def visit_tensors(value: object, name: str, separator: str, visit: Visit, seen: list[str] | None = None) -> object:
+    """``value`` with ``visit(name, tensor)`` in the place of every floating-point tensor in it.
+
+    Goes through tuples, lists and dicts. The first tensor is called ``name``, the next name + separator + "1", ...
+    """
+    seen = [] if seen is None else seen
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return value
+        seen.append(f"{name}{separator}{len(seen)}" if seen else name)
+        return visit(seen[-1], value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        fields: Any = [visit_tensors(entry, name, separator, visit, seen) for entry in value]
+        return type(value)(*fields)
+    if type(value) is tuple:
+        return tuple([visit_tensors(entry, name, separator, visit, seen) for entry in value])
+    if type(value) is list:
+        return [visit_tensors(entry, name, separator, visit, seen) for entry in value]
+    if isinstance(value, dict):
+        new: dict[Any, Any] = {} if type(value) is dict else copy.copy(value)
+        for key, entry in value.items():
+            new[key] = visit_tensors(entry, name, separator, visit, seen)
+        return new
+    return value
+
+
+def argument_names(layer: nn.Module) -> tuple[list[str], int]:
+    """The names of forward's parameters, and how many of them come first without a default."""
+    try:
+        parameters = list(inspect.signature(layer.forward).parameters.values())
+    except (TypeError, ValueError):
+        return [], 1
+    plain = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in plain if p.default is p.empty]
+    return [p.name for p in plain], max(1, len(required))
+
+
+def visit_arguments(
+    names: Sequence[str], args: Arguments, kwargs: Keywords, visit: Visit
+) -> tuple[Arguments, Keywords]:
+    """Visit a call's tensors: the first argument is ``input``, the second ``input_1``, however they are passed.
+
+    An argument that is none of forward's named ones is ``input_<keyword>``; further tensors inside one argument
+    are ``<argument>_item1``, ...
+    """
+
+    def name_of(position: int) -> str:
+        return f"input_{position}" if position else "input"
+
+    new_args = tuple([visit_tensors(value, name_of(i), "_item", visit) for i, value in enumerate(args)])
+    new_kwargs = {}
+    for key, value in kwargs.items():
+        name = name_of(names.index(key)) if key in names else f"input_{key}"
+        new_kwargs[key] = visit_tensors(value, name, "_item", visit)
+    return new_args, new_kwargs
+
+
+def kind_of(name: str) -> str:
+    """The quant type of a tensor's name: ``input`` of ``input_1``."""
+    return name.split("_")[0]
+
+
+class LayerQuantizers(nn.Module):
+    """The quantizers of one layer's inputs and outputs, a child of that layer; called, it is the identity.
+
+    ``input`` and ``output`` are there from the start, and one more for each further argument without a default.
+    Those of optional arguments and of further outputs come with the first tensor, a dummy_input or a state_dict.
+    """
+
+    def __init__(
+        self, name: str, layer: nn.Module, specs: Mapping[str, TensorSpec], sizes: Sizes, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.layer_name, self.specs, self.device_at_start = name, dict(specs), device
+        self.arguments, required = argument_names(layer)
+        names = ["input", "output", *(sizes or [f"input_{i}" for i in range(1, required)])]
+        for tensor_name in dict.fromkeys(names):
+            spec = specs.get(kind_of(tensor_name))
+            if spec is not None:
+                size = tuple(sizes.get(tensor_name, ()))
+                axis = spec.axis if spec.axis is not None else 0
+                known = -len(size) <= axis < len(size)
+                channels = size[axis] if known else self._count_channels(tensor_name, layer, spec)
+                self.add_module(tensor_name, self.make(tensor_name, channels))
+
+    @staticmethod
+    def _count_channels(name: str, layer: nn.Module, spec: TensorSpec) -> int:
+        """What the layer itself says about its channels; the first tensor has the last word."""
+        found = [getattr(layer, attribute, None) for attribute in _CHANNELS.get(name, ())]
+        counts = [value for value in found if isinstance(value, int)]
+        return counts[0] if counts and spec.axis == 1 else 0
+
+    def make(self, name: str, channels: int = 0) -> ActivationFakeQuant:
+        """A quantizer for the tensor ``name``, as far as its siblings in mode, device and steps; not yet a child."""
+        device = next((buffer.device for buffer in self.buffers()), self.device_at_start)
+        module = ActivationFakeQuant(f"{self.layer_name}.{name}", self.specs[kind_of(name)], channels, device)
+        steps = [other.step for other in self.children() if isinstance(other, FakeQuant) and other.step is not None]
+        if module.step is not None and steps:
+            module.step.copy_(steps[0])
+        return module.train(self.training)
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` that the rule asks for and that have no quantizer yet."""
+        return [name for name in names if kind_of(name) in self.specs and name not in self._modules]
+
+    def forward(self, *args: Any) -> object:
+        """What came in: an nn.Sequential that is quantized itself also calls this child."""
+        return args[0] if len(args) == 1 else args
+
+    def quantize(self, name: str, x: Tensor) -> Tensor:
+        """x through the quantizer called ``name``, which is made when it is not there yet."""
+        module = self._modules.get(name)
+        if module is None:
+            module = self.make(name)
+            self.add_module(name, module)
+        return module(x)  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        keys = [key[len(prefix) :].split(".") for key in state_dict if key.startswith(prefix)]
+        for name in self.missing(parts[0] for parts in keys if len(parts) == 2 and parts[1] == "scale"):
+            self.add_module(name, self.make(name))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def quantize_inputs(layer: nn.Module, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
+    """Forward pre-hook."""
+    own: LayerQuantizers = getattr(layer, CHILD_NAME)
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # the common call, without the detours
+        return (own.quantize("input", args[0]) if args[0].is_floating_point() else args[0],), kwargs
+    return visit_arguments(own.arguments, args, kwargs, own.quantize)
+
+
+def quantize_outputs(layer: nn.Module, args: Arguments, output: object) -> object:
+    """Forward hook."""
+    own: LayerQuantizers = getattr(layer, CHILD_NAME)
+    return visit_tensors(output, "output", "_", own.quantize)
+
+
+def fake_quants(layer: nn.Module) -> list[FakeQuant]:
+    """Every fake-quantizer on a layer."""
+    found: list[Any] = []
+    if parametrize.is_parametrized(layer, "weight"):
+        found += layer.parametrizations["weight"]  # type: ignore[index]
+    if CHILD_NAME in layer._modules:
+        found += getattr(layer, CHILD_NAME).children()
+    return [module for module in found if isinstance(module, FakeQuant)]
+
+
+def count_step(layer: nn.Module, args: Arguments, output: object) -> None:
+    """Forward hook of layers with a delayed start when no optimizer counts: a training forward is a step."""
+    if layer.training:
+        torch._foreach_add_([m.step for m in fake_quants(layer) if m.step is not None], 1)
+
+
+class OptimizerStepCounter:
+    """Step post-hook of an optimizer: counts for all these layers at once, on their device."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = list(layers)
+
+    def __call__(self, *_: Any) -> None:
+        """Count one finished step."""
+        steps = [m.step for layer in self.layers for m in fake_quants(layer) if m.step is not None]
+        if steps:
+            torch._foreach_add_(steps, 1)
+
+
+class Attachment:
+    """The fake-quantizers of one layer. ``attach`` and ``detach`` may follow each other; the state stays."""
+
+    def __init__(self, plan: LayerPlan, sizes: Sizes, device: torch.device, count_forwards: bool) -> None:
+        self.name, self.layer = plan.name, plan.layer
+        tensors = (*plan.layer.parameters(recurse=False), *plan.layer.buffers(recurse=False), *plan.layer.parameters())
+        device = next((tensor.device for tensor in tensors), device)
+        label = plan.name or type(plan.layer).__name__
+        activations = {kind: spec for kind, spec in plan.specs.items() if kind != "weight"}
+        self.weight, self.tensors = None, None
+        if "weight" in plan.specs:
+            weight = plan.layer.weight
+            assert isinstance(weight, Tensor)
+            self.weight = WeightFakeQuant(f"{label}.weight", plan.specs["weight"], weight)
+        if activations:
+            self.tensors = LayerQuantizers(label, plan.layer, activations, sizes, device)
+            self.tensors.train(plan.layer.training)
+        self.hooks_inputs, self.hooks_outputs = "input" in activations, "output" in activations
+        self.counts = count_forwards and any(spec.start_step for spec in plan.specs.values())
+        self.handles: list[RemovableHandle] = []
+        self.order: list[str] = []
+
+    def attach(self) -> None:
+        """Put everything on the layer."""
+        layer = self.layer
+        if self.weight is not None:
+            self.order = list(layer._parameters)
+            parametrize.register_parametrization(layer, "weight", self.weight, unsafe=True)
+        if self.tensors is not None:
+            layer.add_module(CHILD_NAME, self.tensors)
+        if self.hooks_inputs:
+            self.handles.append(layer.register_forward_pre_hook(quantize_inputs, with_kwargs=True))
+        if self.hooks_outputs:
+            self.handles.append(layer.register_forward_hook(quantize_outputs))
+        if self.counts:
+            self.handles.append(layer.register_forward_hook(count_step))
+
+    def detach(self) -> None:
+        """Leave the layer as it was before ``attach``."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        if self.tensors is not None:
+            delattr(self.layer, CHILD_NAME)
+        if self.weight is not None:
+            remove_parametrization(self.layer, self.weight, self.order)
+
+    def refresh(self) -> None:
+        """Bring the weight's scale up to date with the weight as it is now."""
+        if self.weight is not None:
+            training, self.weight.training = self.weight.training, False
+            with torch.no_grad():
+                _ = self.layer.weight
+            self.weight.training = training
+
+    def calibration(self) -> dict[str, Any]:
+        """This layer's part of the calibration dict."""
+        self.refresh()
+        entry = self.weight.calibration("weight") if self.weight is not None else {}
+        for name, module in self.tensors.named_children() if self.tensors is not None else ():
+            entry.update(module.calibration(name))  # type: ignore[operator]
+        return entry
+
+    def read_calibration(self, given: Mapping[str, Any], problems: list[str]) -> list[Callable[[], None]]:
+        """Check a layer's part of a calibration dict; the returned functions take it over."""
+        own: dict[str, Any] = {} if self.weight is None else {"weight": self.weight}
+        if self.tensors is not None:
+            found = [key.removesuffix("_bits") for key in given if key.endswith("_bits")]
+            own.update(self.tensors.named_children())
+            own.update({name: self.tensors.make(name) for name in self.tensors.missing(found)})
+        for name in ("weight", "input", "output"):
+            if name in own and f"{name}_bits" not in given:
+                problems.append(f"{own[name].label}: {name}_bits is missing, expected {own[name].spec.bits}")
+        actions = [module.read_calibration(name, given, problems) for name, module in own.items()]
+        if self.tensors is not None:  # quantizers that the dict knows and the layer does not have yet
+            children = self.tensors._modules
+            new = {name: module for name, module in own.items() if name != "weight" and name not in children}
+            actions.append(lambda: children.update(new))
+        return actions
+
+
+def remove_parametrization(layer: nn.Module, parametrization: nn.Module, order: Sequence[str]) -> None:
+    """Undo ``register_parametrization`` for one of a weight's parametrizations; the Parameter object stays.
+
+    torch's ``remove_parametrizations`` takes the property off a class that copies of the layer share, and puts the
+    weight behind the bias. Here copies keep working and the parameters come back in ``order``.
+    """
+    entries: Any = layer.parametrizations["weight"]  # type: ignore[index]
+    if len(entries) > 1:
+        del entries[list(entries).index(parametrization)]
+        return
+    weight = entries.original
+    del layer.parametrizations["weight"]  # type: ignore[operator, union-attr]
+    own = type(layer)
+    if len(layer.parametrizations):  # type: ignore[arg-type]
+        # Another tensor is parametrized too: a class of this layer's own, without the property.
+        kept = {key: value for key, value in vars(own).items() if key not in ("weight", "__dict__", "__weakref__")}
+        layer.__class__ = type(own.__name__, own.__bases__, kept)
+    else:
+        del layer.parametrizations
+        layer.__class__ = own.__bases__[0]
+    owner: dict[str, Any] = layer._parameters if isinstance(weight, nn.Parameter) else layer._buffers
+    owner["weight"] = weight
+    for name in [*(name for name in order if name in owner), *(name for name in list(owner) if name not in order)]:
+        owner[name] = owner.pop(name)
+
+
+def run_dummy(
+    model: nn.Module, plans: Sequence[LayerPlan], dummy_input: DummyInput
+) -> tuple[dict[str, Sizes], list[tuple[str, str]]]:
+    """One evaluation-mode forward without gradient: the shapes each layer sees, and (layer, batch norm) neighbours.
+
+    ``dummy_input`` is a tensor, a tuple or list of positional arguments or a dict of keyword arguments. Nothing
+    stays behind: no hook, no gradient, no change of mode or of batch statistics.
+    """
+    sizes: dict[str, Sizes] = {plan.name: {} for plan in plans}
+    outputs: list[tuple[str, object]] = []
+    pairs: list[tuple[str, str]] = []
+    handles: list[RemovableHandle] = []
+
+    def watch(plan: LayerPlan) -> None:
+        names, _ = argument_names(plan.layer)
+
+        def note(name: str, tensor: Tensor) -> Tensor:
+            sizes[plan.name].setdefault(name, tensor.shape)
+            return tensor
+
+        def before(_: nn.Module, args: Arguments, kwargs: Keywords) -> None:
+            visit_arguments(names, args, kwargs, note)
+
+        def after(_: nn.Module, args: Arguments, output: object) -> None:
+            visit_tensors(output, "output", "_", note)
+            if "weight" in plan.specs:
+                outputs.append((plan.name, output))
+
+        handles.append(plan.layer.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(plan.layer.register_forward_hook(after))
+
+    def watch_batch_norm(name: str, module: nn.Module) -> None:
+        def before(_: nn.Module, args: Arguments) -> None:
+            pairs.extend((layer, name) for layer, output in outputs if args and output is args[0])
+
+        handles.append(module.register_forward_pre_hook(before))
+
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for plan in plans:
+            watch(plan)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                watch_batch_norm(name, module)
+        model.eval()
+        with torch.no_grad():
+            if isinstance(dummy_input, dict):
+                model(**dummy_input)
+            elif isinstance(dummy_input, (tuple, list)):
+                model(*dummy_input)
+            else:
+                model(dummy_input)
+    except Exception as error:
+        raise ValueError(
+            f"the model does not run on dummy_input: {error}. Expected a tensor, a tuple of the model's positional "
+            "arguments or a dict of its keyword arguments, on the model's device; the model is unchanged"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return sizes, pairs

@@ -1,0 +1,377 @@
+"""config_list -> which layers are quantized, and how.
+
+``plan_layers`` reads the rules, matches them with a model and says every problem at once; nothing is touched. The
+rules keep NNI's meaning: a rule selects a module when its class is in ``op_types`` (if given) and its name is in
+``op_names`` (if given); the last rule that selects a module replaces earlier ones; ``exclude: True`` takes it out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from quantkern.settings import QUANT_DTYPES, QUANT_SCHEMES, QUANT_TYPES, did_you_mean
+
+DEFAULT_OP_TYPES = (
+    *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
+    *("Linear", "Bilinear", "PReLU", "Embedding", "EmbeddingBag"),
+)
+"""What 'default' in op_types stands for."""
+
+T = TypeVar("T")
+
+SELECTING_KEYS = ("op_types", "op_names", "exclude")
+MAX_BITS = 16
+CHILD_NAME = "quantkern"
+"""Under this name a quantized layer owns the modules that quantize its inputs and outputs."""
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config_list, one numbered line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        lines = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"config_list has {count}, the model is unchanged:{lines}")
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
+        return ConfigError, (self.problems,)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How one kind of tensor of a layer is quantized. ``axis`` is None per tensor.
+
+    >>> TensorSpec(8, "int", "per_tensor_symmetric").quant_range
+    (-127, 127)
+    >>> TensorSpec(4, "uint", "per_tensor_affine").quant_range
+    (0, 15)
+    """
+
+    bits: int
+    dtype: str
+    scheme: str
+    axis: int | None = None
+    start_step: int = 0
+    ema_decay: float = 0.99
+
+    @property
+    def quant_range(self) -> tuple[int, int]:
+        """quant_min and quant_max; int is symmetric about 0."""
+        if self.dtype == "uint":
+            return 0, 2**self.bits - 1
+        return 1 - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the scheme takes the same range on both sides of 0."""
+        return self.scheme.endswith("symmetric")
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether every channel has a scale of its own."""
+        return self.scheme.startswith("per_channel")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One checked dict of a config_list; ``specs`` is empty when the rule excludes."""
+
+    label: str
+    specs: Mapping[str, TensorSpec]
+    op_types: frozenset[str] | None
+    op_names: frozenset[str] | None
+
+    def selects(self, op_type: str, names: Sequence[str]) -> bool:
+        """Whether the rule is about a module of this class and with these names."""
+        by_type = self.op_types is None or op_type in self.op_types
+        return by_type and (self.op_names is None or not self.op_names.isdisjoint(names))
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the rules of one kind of quantizer may say."""
+
+    quant_types: tuple[str, ...]
+    keys: tuple[str, ...]
+    defaults: Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer to quantize: its dotted name in the model, the rule that chose it, and a spec by quant type."""
+
+    name: str
+    layer: nn.Module
+    rule: str
+    specs: Mapping[str, TensorSpec]
+
+
+def is_int(value: object) -> bool:
+    """Whether value is an integer; True and False are none here."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class _RuleReader:
+    """Reads one dict and collects what is wrong with it."""
+
+    def __init__(self, label: str, given: Mapping[str, Any], form: Form, problems: list[str]) -> None:
+        self.label, self.given, self.form, self.problems = label, given, form, problems
+
+    def wrong(self, key: str, value: object, expected: str) -> None:
+        self.problems.append(f"{self.label}[{key!r}] is {value!r}, expected {expected}")
+
+    def read(self) -> Rule | None:
+        before = len(self.problems)
+        known = (*self.form.keys, *SELECTING_KEYS)
+        for key in self.given:
+            if key not in known:
+                near = did_you_mean(key, known) or "."
+                self.problems.append(f"{self.label}: unknown key {key!r}{near} Known keys: {', '.join(known)}.")
+        op_types, op_names = self.names("op_types"), self.names("op_names")
+        if "op_types" not in self.given and "op_names" not in self.given:
+            self.problems.append(
+                f"{self.label}: neither 'op_types' nor 'op_names'; name the layers, e.g. 'op_types': ['Conv2d']"
+            )
+        if op_types is not None and "default" in op_types:
+            op_types = op_types | frozenset(DEFAULT_OP_TYPES)
+        exclude = self.single("exclude", False, lambda v: isinstance(v, bool), "True or False")
+        specs = self.specs(required=exclude is not True)
+        if len(self.problems) > before:
+            return None
+        return Rule(self.label, {} if exclude else specs, op_types, op_names)
+
+    def single(self, key: str, default: T, check: Callable[[Any], bool], expected: str) -> T:
+        value: T = self.given.get(key, default)
+        if not check(value):
+            self.wrong(key, value, expected)
+            return default
+        return value
+
+    def names(self, key: str) -> frozenset[str] | None:
+        value = self.given.get(key)
+        if key not in self.given:
+            return None
+        if not isinstance(value, (list, tuple)):
+            self.wrong(key, value, "a list of names" + (f", e.g. [{value!r}]" if isinstance(value, str) else ""))
+            return frozenset()
+        for name in value:
+            if not isinstance(name, str):
+                self.wrong(key, value, f"only strings in the list, got {name!r}")
+                return frozenset()
+        return frozenset(value)
+
+    def quant_types(self, required: bool) -> list[str]:
+        value = self.given.get("quant_types")
+        allowed = self.form.quant_types
+        if "quant_types" not in self.given:
+            if required:
+                self.problems.append(f"{self.label}: 'quant_types' is missing; expected a list out of {list(allowed)}")
+            return []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, (list, tuple)) or not value:
+            self.wrong("quant_types", value, f"a list out of {list(allowed)}")
+            return []
+        for entry in value:
+            if entry not in allowed:
+                self.wrong("quant_types", value, f"only entries out of {list(allowed)}{did_you_mean(entry, allowed)}")
+                return []
+        return [quant_type for quant_type in QUANT_TYPES if quant_type in value]
+
+    def by_type(self, key: str, check: Callable[[Any], bool], expected: str) -> dict[str, Any]:
+        """The value of ``key`` by quant type: one value stands for all, a dict names them."""
+        value = self.given.get(key)
+        if key not in self.given:
+            return {}
+        if not isinstance(value, Mapping):
+            if not check(value):
+                self.wrong(key, value, f"{expected}, or a dict of these by quant type")
+                return {}
+            return dict.fromkeys(QUANT_TYPES, value)
+        for quant_type, entry in value.items():
+            if quant_type not in QUANT_TYPES:
+                known = f"quant types as keys, one of {list(QUANT_TYPES)}{did_you_mean(quant_type, QUANT_TYPES)}"
+                self.wrong(key, value, f"{known} not {quant_type!r}")
+            elif not check(entry):
+                self.problems.append(f"{self.label}[{key!r}][{quant_type!r}] is {entry!r}, expected {expected}")
+        return {quant_type: entry for quant_type, entry in value.items() if check(entry)}
+
+    def specs(self, required: bool) -> dict[str, TensorSpec]:
+        quant_types = self.quant_types(required)
+        before = len(self.problems)
+        fits = f"an integer from 1 to {MAX_BITS}"
+        bits = self.by_type("quant_bits", lambda v: is_int(v) and 1 <= v <= MAX_BITS, fits)
+        bits_are_wrong = len(self.problems) > before
+        schemes = self.by_type("quant_scheme", lambda v: v in QUANT_SCHEMES, f"one of {list(QUANT_SCHEMES)}")
+        dtypes = self.by_type("quant_dtype", lambda v: v in QUANT_DTYPES, f"one of {list(QUANT_DTYPES)}")
+        axes = self.by_type("axis", lambda v: v is None or is_int(v), "an integer")
+        start = self.single("quant_start_step", 0, lambda v: is_int(v) and v >= 0, "an integer >= 0")
+        decay = self.single(
+            "ema_decay", 0.99, lambda v: isinstance(v, float) and 0 < v < 1, "a float between 0 and 1, both excluded"
+        )
+        if required and "quant_bits" not in self.given:
+            self.problems.append(f"{self.label}: 'quant_bits' is missing; expected {fits}")
+        specs: dict[str, TensorSpec] = {}
+        for quant_type in quant_types:
+            if quant_type not in bits:
+                if "quant_bits" in self.given and not bits_are_wrong:
+                    self.wrong("quant_bits", self.given["quant_bits"], f"bits for every quant type, {quant_type!r} too")
+                continue
+            default_scheme, default_dtype = self.form.defaults[quant_type]
+            spec = TensorSpec(
+                bits=bits[quant_type],
+                dtype=dtypes.get(quant_type, default_dtype),
+                scheme=schemes.get(quant_type, default_scheme),
+                axis=axes.get(quant_type),
+                start_step=start,
+                ema_decay=decay,
+            )
+            if spec.dtype == "int" and spec.bits == 1:
+                self.wrong(
+                    "quant_bits", self.given["quant_bits"],
+                    f"at least 2 bits for {quant_type!r}: with dtype 'int' 1 bit holds only 0..0; or take dtype 'uint'",
+                )  # fmt: skip
+            specs[quant_type] = spec
+        if any(axis is not None for axis in axes.values()) and specs and not any(s.per_channel for s in specs.values()):
+            found = sorted({spec.scheme for spec in specs.values()})
+            self.wrong("axis", self.given["axis"], f"a per-channel quant_scheme with it, not {', '.join(found)}")
+        return specs
+
+
+def read_rules(config_list: object, form: Form) -> tuple[list[Rule], list[str]]:
+    """The rules of a config_list that are in order, and every problem of those that are not."""
+    if isinstance(config_list, Mapping):
+        return [], ["config_list is a dict, expected a list of dicts: put it in brackets, [{...}]"]
+    if not isinstance(config_list, (list, tuple)):
+        return [], [f"config_list is {config_list!r}, expected a list of dicts, one a rule"]
+    rules: list[Rule] = []
+    problems: list[str] = []
+    for index, given in enumerate(config_list):
+        label = f"config_list[{index}]"
+        if not isinstance(given, Mapping):
+            problems.append(f"{label} is {given!r}, expected a dict")
+            continue
+        rule = _RuleReader(label, given, form, problems).read()
+        if rule is not None:
+            rules.append(rule)
+    return rules, problems
+
+
+def op_type(module: nn.Module) -> str:
+    """The class name a rule knows a module by; a parametrized module keeps the name of its own class."""
+    cls = type(module)
+    return (cls.__bases__[0] if parametrize.is_parametrized(module) else cls).__name__
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a quantizer holds this layer already."""
+    own = parametrize.is_parametrized(module, "weight") and module.parametrizations["weight"]  # type: ignore[index]
+    ours = any(type(entry).__module__.startswith("quantkern.") for entry in own or ())
+    return ours or CHILD_NAME in module._modules
+
+
+def layers_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module with all its names. As in NNI the model itself is none, unless it is a single layer."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module is not model or not any(True for _ in model.children()):
+            names.setdefault(module, []).append(name)
+    return names
+
+
+def _warn_about_names(rules: Sequence[Rule], names: Mapping[nn.Module, Sequence[str]], stacklevel: int) -> None:
+    types = {op_type(module) for module in names}
+    all_names = {name for own in names.values() for name in own}
+    for rule in rules:
+        unknown = False
+        for key, asked, known in (("op_types", rule.op_types, types), ("op_names", rule.op_names, all_names)):
+            wanted = asked or frozenset()
+            if "default" in wanted and key == "op_types":
+                wanted = wanted - {"default", *DEFAULT_OP_TYPES}
+            for word in sorted(wanted - known):
+                unknown = True
+                text = f"{rule.label}[{key!r}]: the model has no {word!r}{did_you_mean(word, known)}"
+                warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
+        if not unknown and not any(rule.selects(op_type(module), own) for module, own in names.items()):
+            warnings.warn(f"{rule.label} selects no layer of the model", UserWarning, stacklevel=stacklevel + 1)
+
+
+def _check_weight(plan: LayerPlan, spec: TensorSpec, problems: list[str]) -> TensorSpec:
+    """The spec with its axis resolved for this layer's weight."""
+    where = f"{plan.rule}: layer {plan.name!r} ({op_type(plan.layer)})"
+    if is_lazy(plan.layer._parameters.get("weight")):  # type: ignore[arg-type]
+        problems.append(f"{where} has no weight yet; run one batch through the model first")
+        return spec
+    weight = getattr(plan.layer, "weight", None)
+    owned = "weight" in plan.layer._parameters or "weight" in plan.layer._buffers
+    if not isinstance(weight, Tensor) or not (owned or parametrize.is_parametrized(plan.layer, "weight")):
+        problems.append(f"{where} has no parameter 'weight'; take 'weight' or the layer out of the rule")
+        return spec
+    if not weight.is_floating_point():
+        problems.append(f"{where} has a weight of {weight.dtype}, expected a floating-point one")
+    if not spec.per_channel:
+        return replace(spec, axis=None)
+    transposed = isinstance(plan.layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    axis = spec.axis if spec.axis is not None else int(transposed)
+    if not -weight.dim() <= axis < weight.dim():
+        shape = list(weight.shape)
+        limits = f"[{-weight.dim()}, {weight.dim() - 1}]"
+        problems.append(f"{where}: axis {axis} is out of range, its weight of shape {shape} has axes {limits}")
+        return spec
+    return replace(spec, axis=axis % weight.dim())
+
+
+def plan_layers(model: nn.Module, config_list: object, form: Form, stacklevel: int = 2) -> list[LayerPlan]:
+    """The layers of ``model`` that ``config_list`` selects, each with its specs; the model is only looked at.
+
+    Raises ConfigError with all problems. Warns about names and types that the model lacks (with the nearest ones),
+    about rules that select nothing and rules that a later rule replaces.
+    """
+    rules, problems = read_rules(config_list, form)
+    names = layers_of(model)
+    chosen: dict[nn.Module, Rule] = {}
+    replaced: dict[tuple[str, str], list[str]] = {}
+    for rule in rules:
+        for module, own in names.items():
+            if rule.selects(op_type(module), own):
+                earlier = chosen.get(module)
+                if earlier is not None and earlier.specs and rule.specs:
+                    replaced.setdefault((earlier.label, rule.label), []).append(own[0])
+                chosen[module] = rule
+    plans: list[LayerPlan] = []
+    for module, own in names.items():
+        rule_of = chosen.get(module)
+        if rule_of is None or not rule_of.specs:
+            continue
+        plan = LayerPlan(own[0], module, rule_of.label, rule_of.specs)
+        specs = {}
+        for quant_type, spec in rule_of.specs.items():
+            if quant_type == "weight":
+                specs[quant_type] = _check_weight(plan, spec, problems)
+            else:
+                default_axis = 1 if spec.axis is None else spec.axis
+                specs[quant_type] = replace(spec, axis=default_axis if spec.per_channel else None)
+        if is_quantized(module):
+            problems.append(f"{plan.rule}: layer {plan.name!r} has a quantizer already; export_model() takes it off")
+        plans.append(replace(plan, specs=specs))
+    if not plans and not problems:
+        types = sorted({op_type(module) for module in names})
+        problems.append(f"it selects no layer of the model; the model has the types {', '.join(types) or '(none)'}")
+    _warn_about_names(rules, names, stacklevel)
+    for (earlier_label, label), layers in replaced.items():
+        warnings.warn(
+            f"{label} replaces {earlier_label} for {', '.join(map(repr, layers))}: rules are not merged, the last one "
+            "counts. Put all quant_types of a layer into one rule.",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
+    if problems:
+        raise ConfigError(problems)
+    return plans

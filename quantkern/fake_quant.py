@@ -1,0 +1,284 @@
+"""The modules that own what quantization knows about one tensor: scale, zero point, range, step counter.
+
+Whoever owns the state also says it in a calibration dict and reads it from there; the keys are NNI's, and all that
+NNI leaves out besides. While ``step`` < the rule's quant_start_step a module is the identity.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkern import functional, reference
+from quantkern.config import TensorSpec
+
+
+def _numbers(value: Tensor) -> float | list[float]:
+    """A number per tensor, a list per channel."""
+    return value.tolist()  # type: ignore[no-any-return]
+
+
+class FakeQuant(nn.Module):
+    """What weights and activations have in common: scale, zero point, step counter, the calibration dict."""
+
+    scale: Tensor
+    zero_point: Tensor
+    step: Tensor | None
+
+    def __init__(self, label: str, spec: TensorSpec, channels: int, device: torch.device) -> None:
+        super().__init__()
+        self.label, self.spec = label, spec
+        shape = (channels,) if spec.per_channel else ()
+        self.register_buffer("scale", torch.ones(shape, device=device))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32, device=device))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device) if spec.start_step else None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuant:
+        """Follow the model to another device, but stay float32 when it becomes half or double."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in before.items():
+            after = self._buffers[name]
+            if value is not None and after is not None and after.dtype != value.dtype:
+                self._buffers[name] = value.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """The rule, for ``print(model)``."""
+        channels = f", {self.scale.numel()} channels on axis {self.spec.axis}" if self.spec.per_channel else ""
+        return f"{self.spec.bits} bits, {self.spec.dtype}, {self.spec.scheme}{channels}"
+
+    def quantize(self, x: Tensor, axis: int | None) -> Tensor:
+        """x on the grid of the scale and zero point stored here."""
+        low, high = self.spec.quant_range
+        return functional.fake_quantize(
+            x, self.scale, self.zero_point, low, high, axis, step=self.step, start_step=self.spec.start_step
+        )
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """The part of a calibration dict that a rule decides."""
+        low, high = self.spec.quant_range
+        values = (self.spec.bits, self.spec.dtype, self.spec.scheme, low, high, self.spec.axis)
+        keys = ("bits", "dtype", "scheme", "qmin", "qmax", "axis")
+        return {f"{name}_{key}": value for key, value in zip(keys, values, strict=True)}
+
+    def read_settings(self, name: str, given: Mapping[str, Any], problems: list[str]) -> None:
+        """Note every setting in which ``given`` contradicts the rule."""
+        for key, own in self.settings(name).items():
+            if key in given and given[key] != own:
+                problems.append(f"{self.label}: {key} is {given[key]!r}, this quantizer's rule says {own!r}")
+
+    def read_tensor(self, key: str, given: Mapping[str, Any], problems: list[str]) -> Tensor | None:
+        """``given[key]`` as float64 in the shape of the state here; None when it is absent or wrong."""
+        if key not in given:
+            return None
+        try:
+            value = torch.as_tensor(given[key], dtype=torch.float64, device="cpu").detach().reshape(-1)
+        except (TypeError, ValueError, RuntimeError):
+            problems.append(f"{self.label}: {key} is {given[key]!r}, expected numbers")
+            return None
+        if not self.spec.per_channel:
+            value = value.reshape(()) if value.numel() == 1 else value
+        if value.dim() != self.scale.dim() or not (self.fits(value.numel()) and bool(value.isfinite().all())):
+            expected = f"{self.scale.numel()} finite values" if self.spec.per_channel else "one finite value"
+            problems.append(f"{self.label}: {key} is {given[key]!r}, expected {expected}")
+            return None
+        return value
+
+    def fits(self, channels: int) -> bool:
+        """Whether the state can take this many values."""
+        return channels == self.scale.numel()
+
+
+class WeightFakeQuant(FakeQuant):
+    """A parametrization: the weight on the grid of its own current range, in training and in evaluation.
+
+    After a calibration dict was loaded, evaluation uses the loaded scale and zero point until the next training
+    forward.
+    """
+
+    def __init__(self, label: str, spec: TensorSpec, weight: Tensor) -> None:
+        super().__init__(label, spec, weight.shape[spec.axis] if spec.axis is not None else 1, weight.device)
+        self.loaded = False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight on its grid."""
+        spec = self.spec
+        if self.loaded:
+            if not self.training:
+                return self.quantize(weight, spec.axis)
+            self.loaded = False
+        low, high = spec.quant_range
+        return functional.fake_quantize_weight(
+            weight, self.scale, self.zero_point, low, high, spec.symmetric, spec.axis,
+            step=self.step, start_step=spec.start_step,
+        )  # fmt: skip
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Assigning to ``layer.weight`` sets the float weight."""
+        return weight
+
+    def calibration(self, name: str) -> dict[str, Any]:
+        """Settings, scale and zero point, the latter two as 1-d tensors as NNI writes them."""
+        scale, zero_point = (value.detach().cpu().reshape(-1).clone() for value in (self.scale, self.zero_point))
+        return {**self.settings(name), f"{name}_scale": scale, f"{name}_zero_point": zero_point}
+
+    def read_calibration(self, name: str, given: Mapping[str, Any], problems: list[str]) -> Callable[[], None]:
+        """Check the entries of ``given``; the returned function then takes them over."""
+        self.read_settings(name, given, problems)
+        scale = self.read_tensor(f"{name}_scale", given, problems)
+        zero_point = self.read_tensor(f"{name}_zero_point", given, problems)
+        if scale is None or zero_point is None or bool((scale == 0).any()):
+            # NNI writes zeros for a weight that was never quantized: the current range decides, as without a dict.
+            return lambda: None
+        low, high = self.spec.quant_range
+        if bool((scale < 0).any()):
+            problems.append(f"{self.label}: {name}_scale is {given[f'{name}_scale']!r}, expected positive values")
+        if bool((zero_point < low).any()) or bool((zero_point > high).any()):
+            value = given[f"{name}_zero_point"]
+            problems.append(f"{self.label}: {name}_zero_point is {value!r}, expected values from {low} to {high}")
+
+        def take() -> None:
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+            self.loaded = True
+
+        return take
+
+
+class ActivationFakeQuant(FakeQuant):
+    """An input or output on the grid of a moving average of its range, which every training forward renews.
+
+    Evaluation uses the stored scale and zero point; a tensor that no training forward has seen stays float there,
+    with a warning. Per channel the state may be empty until the first tensor tells the number of channels.
+    """
+
+    running_min: Tensor
+    running_max: Tensor
+    observing: Tensor
+
+    def __init__(self, label: str, spec: TensorSpec, channels: int, device: torch.device) -> None:
+        super().__init__(label, spec, channels, device)
+        self.register_buffer("running_min", torch.full_like(self.scale, math.inf))
+        self.register_buffer("running_max", torch.full_like(self.scale, -math.inf))
+        self.register_buffer("observing", torch.ones((), dtype=torch.bool, device=device))
+        self.observed = self.warned = False
+
+    def is_observed(self) -> bool:
+        """Whether every channel has a range. Waits for the device."""
+        if self.scale.is_meta or not self.scale.numel():
+            return False
+        return bool((self.running_min <= self.running_max).all())
+
+    def train(self, mode: bool = True) -> ActivationFakeQuant:
+        """Switch between following the range (training) and using it (evaluation)."""
+        super().train(mode)
+        if not mode:  # asked here, once, so that no forward has to wait for the device
+            self.observed, self.warned = self.is_observed(), False
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x on its grid; in training x is taken into the range first."""
+        if not self.training and not self.observed:
+            if not self.warned and not torch.compiler.is_compiling():
+                self.warned = True
+                warnings.warn(
+                    f"{self.label} has no range yet and stays float: run a training batch or load a calibration dict",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            return x
+        spec, axis = self.spec, self.match_axis(x)
+        if not self.training:
+            return self.quantize(x, axis)
+        low, high = spec.quant_range
+        return functional.fake_quantize_activation(
+            x, self.running_min, self.running_max, self.scale, self.zero_point, self.observing,
+            low, high, spec.symmetric, spec.ema_decay, axis, step=self.step, start_step=spec.start_step,
+        )  # fmt: skip
+
+    def match_axis(self, x: Tensor) -> int | None:
+        """The channel axis of x; the state takes its number of channels as long as it has seen nothing."""
+        axis = self.spec.axis
+        if axis is None:
+            return None
+        shape = list(x.shape)
+        if not -x.dim() <= axis < x.dim():
+            raise ValueError(
+                f"{self.label}: axis {axis} is out of range for a tensor of shape {shape}; "
+                "give the rule an 'axis' that fits, or a per-tensor quant_scheme"
+            )
+        if shape[axis] != self.scale.numel():
+            if bool((self.running_min <= self.running_max).any()):
+                raise ValueError(
+                    f"{self.label}: a tensor of shape {shape} has {shape[axis]} channels on axis {axis}, earlier ones "
+                    f"had {self.scale.numel()}; give the rule an 'axis' of constant size, or a per-tensor quant_scheme"
+                )
+            self.resize(shape[axis])
+        return axis % x.dim()
+
+    def resize(self, channels: int) -> None:
+        """Become the state of ``channels`` channels that have seen nothing, in the same tensors."""
+        starts = ((self.scale, 1), (self.zero_point, 0), (self.running_min, math.inf), (self.running_max, -math.inf))
+        for buffer, start in starts:
+            buffer.resize_(channels).fill_(start)
+
+    def fits(self, channels: int) -> bool:
+        """Whether the state can take this many values; as long as it is empty, any number per channel."""
+        return super().fits(channels) or (self.spec.per_channel and channels > 0 and not self.is_observed())
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        scale = state_dict.get(prefix + "scale")
+        loaded = scale.numel() if isinstance(scale, Tensor) and scale.dim() == 1 and self.spec.per_channel else None
+        if loaded is not None and loaded != self.scale.numel() and self.fits(loaded):
+            self.resize(loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.observed = self.is_observed()
+
+    def calibration(self, name: str) -> dict[str, Any]:
+        """Settings, and once there is a range: the range, scale and zero point as numbers or lists of them."""
+        entry = self.settings(name)
+        if self.is_observed():
+            entry[f"tracked_min_{name}"] = _numbers(self.running_min)
+            entry[f"tracked_max_{name}"] = _numbers(self.running_max)
+            entry[f"{name}_scale"] = _numbers(self.scale)
+            entry[f"{name}_zero_point"] = _numbers(self.zero_point)
+        return entry
+
+    def read_calibration(self, name: str, given: Mapping[str, Any], problems: list[str]) -> Callable[[], None]:
+        """Check the entries of ``given``; the returned function then takes them over.
+
+        An NNI dict has the range only; the scale and zero point follow from it.
+        """
+        before = len(problems)
+        self.read_settings(name, given, problems)
+        keys = (f"tracked_min_{name}", f"tracked_max_{name}", f"{name}_scale", f"{name}_zero_point")
+        low, high, scale, zero_point = (self.read_tensor(key, given, problems) for key in keys)
+        if len(problems) > before or (low is None and high is None):
+            return lambda: None
+        if low is None or high is None or low.shape != high.shape or bool((low > high).any()):
+            found = f"{keys[0]} is {given.get(keys[0])!r} and {keys[1]} is {given.get(keys[1])!r}"
+            problems.append(f"{self.label}: {found}, expected a smallest and a largest value")
+            return lambda: None
+        if scale is None or zero_point is None:
+            settings = (*self.spec.quant_range, self.spec.symmetric)
+            scale, zero_point = reference.choose_scale(low.float(), high.float(), *settings)
+        elif scale.shape != low.shape or zero_point.shape != low.shape or bool((scale <= 0).any()):
+            problems.append(
+                f"{self.label}: {keys[2]} is {given[keys[2]]!r}, expected as many positive values as ranges"
+            )
+        new = {"running_min": low, "running_max": high, "scale": scale, "zero_point": zero_point}
+
+        def take() -> None:
+            if low.shape != self.scale.shape:
+                self.resize(low.numel())
+            for buffer_name, value in new.items():
+                getattr(self, buffer_name).copy_(value)
+            self.observed = True
+
+        return take

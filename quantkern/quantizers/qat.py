@@ -1,0 +1,80 @@
+"""QAT_Quantizer: training with simulated quantization (Jacob et al. 2018)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from quantkern.attach import DummyInput
+from quantkern.config import Form
+from quantkern.quantizers.base import ConfigList, Quantizer
+from quantkern.settings import QUANT_TYPES, default_settings
+
+_KEYS = ("quant_types", "quant_bits", "quant_dtype", "quant_scheme", "quant_start_step", "ema_decay", "axis")
+
+
+class QAT_Quantizer(Quantizer):  # noqa: N801  (NNI's name)
+    """Simulates quantized inference while a model trains, with straight-through gradients.
+
+    Weights are quantized with their current range, inputs and outputs with a moving average of theirs. Source: Jacob
+    et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018.
+
+    Args:
+        model: its layers are quantized in place. The optimizer may be built before or after.
+        config_list: list of rules, dicts with the keys
+
+            - ``op_types``, ``op_names``: class names and dotted module names; 'default' stands for every convolution,
+              linear, bilinear, PReLU and embedding layer. A layer must match both where both are given, and the
+              last rule that matches it counts. ``exclude: True`` takes matching layers out.
+            - ``quant_types``: 'weight', 'input', 'output', one or a list.
+            - ``quant_bits``: 1 to 16, one number or a dict by quant type.
+            - ``quant_dtype``: 'int' or 'uint'; ``quant_scheme``: 'per_tensor_affine', 'per_tensor_symmetric',
+              'per_channel_affine', 'per_channel_symmetric'; one for all or a dict by quant type. What is not given
+              comes from ``set_quant_scheme_dtype``.
+            - ``quant_start_step``: the rule's layers stay float until this many steps are finished; default 0.
+            - ``ema_decay``: weight of the past in the moving averages; default 0.99.
+            - ``axis``: the channel axis per channel, a number or a dict by quant type; default 0 for weights (1 for
+              transposed convolutions) and 1 for inputs and outputs.
+
+        optimizer: counts the steps for quant_start_step where given; else a layer's training forwards are its steps,
+            every micro-batch and every recomputed forward too.
+        dummy_input: a tensor, tuple or dict to run the model on once, so that every per-channel size is known from
+            the start. Without it they are known from the first batch at the latest.
+
+    Raises:
+        ConfigError: everything that is wrong with config_list; the model is unchanged.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> rules = [{"quant_types": ["weight", "input"], "quant_bits": 8, "op_types": ["Linear"]}]
+    >>> quantizer = QAT_Quantizer(model, rules)
+    >>> quantizer.compress() is model
+    True
+    >>> model(torch.randn(16, 4)).sum().backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: ConfigList | None = None,
+        optimizer: Optimizer | None = None,
+        dummy_input: DummyInput | None = None,
+    ) -> None:
+        super().__init__(model, config_list, optimizer, dummy_input)
+
+    def form(self) -> Form:
+        """See ``Quantizer.form``."""
+        return Form(QUANT_TYPES, _KEYS, default_settings())
+
+    def note_batch_norms(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Say honestly that folding does not happen."""
+        if pairs:
+            listed = ", ".join(f"{norm!r} behind {layer!r}" for layer, norm in pairs)
+            warnings.warn(
+                f"batch norms are not folded into the weights before them, they stay layers of their own: {listed}",
+                UserWarning,
+                stacklevel=4,
+            )

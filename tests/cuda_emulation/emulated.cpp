@@ -1,0 +1,109 @@
+// The CUDA kernels and launchers as a plain shared library for the tests, compiled against the headers beside this
+// file. Pointers are host memory. Returns the cudaError_t; -1 when a launcher wrote beyond its workspace.
+#include <cstring>
+#include <vector>
+
+#include "../../csrc/cuda/ranges.cu"
+// ranges.cu comes first: the others launch what it defines.
+#include "../../csrc/cuda/fake_quantize.cu"
+#include "../../csrc/cuda/fake_quantize_activation.cu"
+#include "../../csrc/cuda/fake_quantize_weight.cu"
+
+namespace {
+
+using namespace quantkern;
+using namespace quantkern::cuda;
+
+// Memory filled with a pattern, and a guard behind it.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : bytes_(bytes), memory_((bytes + kGuard + 15) / 16) {
+    std::memset(memory_.data(), 0x5a, memory_.size() * sizeof(Unit));
+  }
+  void* data() { return memory_.data(); }
+  int checked(cudaError_t error) const {
+    const char* guard = reinterpret_cast<const char*>(memory_.data()) + bytes_;
+    for (int64_t i = 0; i < kGuard; ++i)
+      if (guard[i] != 0x5a) return -1;
+    return error;
+  }
+
+ private:
+  struct alignas(16) Unit {
+    char bytes[16];
+  };
+  static constexpr int64_t kGuard = 256;
+  int64_t bytes_;
+  std::vector<Unit> memory_;
+};
+
+}  // namespace
+
+extern "C" {
+
+void set_multiprocessors(int count) { emulation::multiprocessors = count; }
+
+int fake_quantize(int dtype, const void* x, void* y, uint8_t* mask, const int64_t* view, const float* scale,
+                  const void* zero_point, int zero_point_is_float, float scale_number, float zero_point_number,
+                  int quant_min, int quant_max, const int64_t* step, int64_t start_step) {
+  const Parameters parameters = {scale, zero_point, zero_point_is_float != 0, scale_number, zero_point_number};
+  return launch_fake_quantize({static_cast<DType>(dtype),
+                               x,
+                               y,
+                               mask,
+                               {view[0], view[1], view[2]},
+                               parameters,
+                               {step, start_step, nullptr},
+                               quant_min,
+                               quant_max},
+                              nullptr);
+}
+
+int fake_quantize_backward(int dtype, const void* grad, const uint8_t* mask, void* out, int64_t numel) {
+  return launch_fake_quantize_backward(static_cast<DType>(dtype), grad, mask, out, numel, nullptr);
+}
+
+int fake_quantize_weight(int dtype, const void* x, void* y, uint8_t* mask, const int64_t* view, float* scale,
+                         int* zero_point, int quant_min, int quant_max, int symmetric, const int64_t* step,
+                         int64_t start_step) {
+  const WeightArguments arguments = {static_cast<DType>(dtype),
+                                     x,
+                                     y,
+                                     mask,
+                                     {view[0], view[1], view[2]},
+                                     scale,
+                                     zero_point,
+                                     quant_min,
+                                     quant_max,
+                                     symmetric != 0,
+                                     {step, start_step, nullptr}};
+  int64_t bytes = 0;
+  if (const cudaError_t error = weight_workspace_bytes(arguments, bytes)) return error;
+  Workspace workspace(bytes);
+  return workspace.checked(launch_fake_quantize_weight(arguments, workspace.data(), nullptr));
+}
+
+int fake_quantize_activation(int dtype, const void* x, void* y, uint8_t* mask, const int64_t* view, float* running_min,
+                             float* running_max, float* scale, int* zero_point, const bool* observing, int quant_min,
+                             int quant_max, int symmetric, double ema_decay, const int64_t* step, int64_t start_step) {
+  const ActivationArguments arguments = {static_cast<DType>(dtype),
+                                         x,
+                                         y,
+                                         mask,
+                                         {view[0], view[1], view[2]},
+                                         running_min,
+                                         running_max,
+                                         scale,
+                                         zero_point,
+                                         observing,
+                                         quant_min,
+                                         quant_max,
+                                         symmetric != 0,
+                                         ema_decay,
+                                         {step, start_step, nullptr}};
+  int64_t bytes = 0;
+  if (const cudaError_t error = activation_workspace_bytes(arguments, bytes)) return error;
+  Workspace workspace(bytes);
+  return workspace.checked(launch_fake_quantize_activation(arguments, workspace.data(), nullptr));
+}
+}

@@ -1,0 +1,226 @@
+"""Every code block of NNI's documentation of its Naive and QAT quantizers runs with only its import line changed.
+
+The blocks are quoted from "Supported Quantization Algorithms on NNI" (v2.7). One has a typing error there, 'uint
+without its closing quote, which is mended here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from quantkern.settings import reset_quant_scheme_dtype
+
+IMPORTS = {
+    "from nni.algorithms.compression.pytorch.quantization import QAT_Quantizer": "from quantkern import QAT_Quantizer",
+    "from nni.compression.pytorch.quantization.settings import set_quant_scheme_dtype": (
+        "from quantkern.settings import set_quant_scheme_dtype"
+    ),
+    "nni.algorithms.compression.pytorch.quantization.NaiveQuantizer": "quantkern.NaiveQuantizer",
+}
+
+NAIVE = """
+model = nni.algorithms.compression.pytorch.quantization.NaiveQuantizer(model).compress()
+"""
+
+QAT = """
+from nni.algorithms.compression.pytorch.quantization import QAT_Quantizer
+model = Mnist()
+config_list = [{
+'quant_types': ['weight'],
+'quant_bits': {
+'weight': 8,
+}, # you can just use `int` here because all `quan_types` share same bits length, see config for `ReLu6` below.
+'op_types':['Conv2d', 'Linear']
+}, {
+'quant_types': ['output'],
+'quant_bits': 8,
+'quant_start_step': 7000,
+'op_types':['ReLU6']
+}]
+quantizer = QAT_Quantizer(model, config_list)
+quantizer.compress()
+"""
+
+BATCH_NORM_FOLDING = """
+# assume your model takes an input of shape (1, 1, 28, 28)
+# and dummy_input must be on the same device as the model
+dummy_input = torch.randn(1, 1, 28, 28)
+# pass the dummy_input to the quantizer
+quantizer = QAT_Quantizer(model, config_list, dummy_input=dummy_input)
+"""
+
+DEFAULTS = """
+from nni.compression.pytorch.quantization.settings import set_quant_scheme_dtype
+# This will set all the quantization of 'input' in 'per_tensor_affine' and 'uint' manner
+set_quant_scheme_dtype('input', 'per_tensor_affine', 'uint')
+# This will set all the quantization of 'output' in 'per_tensor_symmetric' and 'int' manner
+set_quant_scheme_dtype('output', 'per_tensor_symmetric', 'int')
+# This will set all the quantization of 'weight' in 'per_channel_symmetric' and 'int' manner
+set_quant_scheme_dtype('weight', 'per_channel_symmetric', 'int')
+"""
+
+RULES = """
+config_list = [{
+'quant_types': ['weight'],
+'quant_bits': 8,
+'op_types':['Conv2d', 'Linear'],
+'quant_dtype': 'int',
+'quant_scheme': 'per_channel_symmetric'
+}, {
+'quant_types': ['output'],
+'quant_bits': 8,
+'quant_start_step': 7000,
+'op_types':['ReLU6'],
+'quant_dtype': 'uint',
+'quant_scheme': 'per_tensor_affine'
+}]
+"""
+
+MULTI_GPU = """
+from torch.nn.parallel import DistributedDataParallel as DDP
+from nni.algorithms.compression.pytorch.quantization import QAT_Quantizer
+model = define_your_model()
+model = QAT_Quantizer(model, **other_params) # <--- QAT_Quantizer instantiation
+model = DDP(model)
+for i in range(epochs):
+    train(model)
+    eval(model)
+"""
+
+
+class Mnist(nn.Module):
+    """The model of NNI's examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 20, 5, 1)
+        self.bn1 = nn.BatchNorm2d(20)
+        self.relu1 = nn.ReLU6()
+        self.conv2 = nn.Conv2d(20, 50, 5, 1)
+        self.relu2 = nn.ReLU6()
+        self.fc1 = nn.Linear(4 * 4 * 50, 64)
+        self.relu3 = nn.ReLU6()
+        self.fc2 = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.relu1(self.bn1(self.conv1(x))), 2, 2)
+        x = nn.functional.max_pool2d(self.relu2(self.conv2(x)), 2, 2)
+        return nn.functional.log_softmax(self.fc2(self.relu3(self.fc1(x.flatten(1)))), dim=1)
+
+
+def run(block: str, **names: Any) -> dict[str, Any]:
+    """Execute a block, import lines changed; its names."""
+    for theirs, ours in IMPORTS.items():
+        block = block.replace(theirs, ours)
+    assert "nni" not in block
+    import quantkern
+
+    scope = {"torch": torch, "quantkern": quantkern, "Mnist": Mnist, **names}
+    exec(compile(block, "NNI document", "exec"), scope)
+    return scope
+
+
+def train_a_step(model: nn.Module) -> None:
+    """One step that must move every weight of the convolutions and linear layers."""
+    torch.manual_seed(0)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    loss = nn.functional.nll_loss(model(torch.randn(4, 1, 28, 28)), torch.tensor([1, 2, 3, 4]))
+    loss.backward()
+    optimizer.step()
+    assert loss.isfinite()
+    matrices = [(old, new) for old, new in zip(before, model.parameters(), strict=True) if new.dim() > 1]
+    assert len(matrices) == 4
+    assert all(not torch.equal(old, new) for old, new in matrices)
+
+
+@pytest.fixture(autouse=True)
+def _factory_settings() -> Iterator[None]:
+    yield
+    reset_quant_scheme_dtype()
+
+
+def test_naive() -> None:
+    model = Mnist()
+    scope = run(NAIVE, model=model)
+    assert scope["model"] is model
+    weight = model.conv1.weight
+    scale = model.conv1.parametrizations.weight[0].scale
+    assert (scale * 127).item() == pytest.approx(model.conv1.parametrizations.weight.original.abs().max().item())
+    assert weight.unique().numel() <= 255
+    train_a_step(model)
+
+
+def test_qat() -> None:
+    scope = run(QAT)
+    model = scope["model"]
+    assert scope["quantizer"].compress() is model
+    train_a_step(model)
+    assert model.fc1.weight.unique().numel() <= 256
+    assert model.relu3.quantkern.output.step.item() == 1
+
+
+def test_batch_norm_folding_is_accepted_and_said_to_be_missing() -> None:
+    config_list = run(QAT)["config_list"]
+    from quantkern import QAT_Quantizer
+
+    model = Mnist()
+    with pytest.warns(UserWarning, match="batch norms are not folded.*'bn1' behind 'conv1'"):
+        scope = run(BATCH_NORM_FOLDING, model=model, config_list=config_list, QAT_Quantizer=QAT_Quantizer)
+    assert scope["quantizer"].bound_model is model
+    train_a_step(model)
+
+
+def test_defaults_of_dtype_and_scheme() -> None:
+    run(DEFAULTS)
+    model = run(QAT)["model"]
+    train_a_step(model)
+    assert model.conv2.parametrizations.weight[0].scale.shape == (50,)
+    assert model.conv2.parametrizations.weight[0].spec.quant_range == (-127, 127)
+    assert model.relu1.quantkern.output.spec.scheme == "per_tensor_symmetric"
+
+
+def test_dtype_and_scheme_in_rules() -> None:
+    from quantkern import QAT_Quantizer
+
+    model = Mnist()
+    quantizer = QAT_Quantizer(model, run(RULES)["config_list"])
+    train_a_step(quantizer.compress())
+    assert model.conv1.parametrizations.weight[0].scale.shape == (20,)
+    assert model.relu1.quantkern.output.spec.quant_range == (0, 255)
+
+
+def test_multi_gpu(tmp_path: Path) -> None:
+    """DistributedDataParallel around the quantizer, as documented, without compress()."""
+    config_list = run(QAT)["config_list"]
+    inner = Mnist()
+
+    def evaluate(model: nn.Module) -> None:
+        model.eval()
+        with torch.no_grad():
+            assert model(torch.randn(2, 1, 28, 28)).isfinite().all()
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        scope = run(
+            MULTI_GPU,
+            define_your_model=lambda: inner,
+            other_params={"config_list": config_list},
+            epochs=2,
+            train=train_a_step,
+            eval=evaluate,
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+    assert scope["model"].module.bound_model is inner
+    assert inner.relu1.quantkern.output.step.item() == 2
+    assert inner.relu1.quantkern.output.observed
