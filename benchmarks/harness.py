@@ -372,14 +372,19 @@ def figure(value: float | None, suffix: str = "") -> str:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
-    """A table on the terminal, with rich where it is installed; all but the first ``text_columns`` aligned right."""
+    """A table, all but the first ``text_columns`` aligned right; drawn by rich where it is installed and it fits.
+
+    On a narrow terminal and in a file rich would cut the figures short, so there the table is plain.
+    """
+    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
     try:
-        if not sys.stdout.isatty():
-            raise ImportError  # rich would fold the columns of a file to 80 characters
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+        console = None
+    else:
+        console = Console()
+    if console is None or not console.is_terminal or sum(widths) + 3 * len(widths) + 1 > console.width:
         print(f"\n{title}")
         for row in (columns, ["-" * width for width in widths], *rows):
             cells = (
@@ -392,7 +397,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if i < text_columns else "right", no_wrap=i == 0)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console.print(table)
 
 
 def print_case(case: Case, results: Sequence[Result], excluded: Sequence[Excluded]) -> None:

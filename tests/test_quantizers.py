@@ -915,3 +915,22 @@ def test_layers_missing_on_either_side_are_warnings() -> None:
     texts = [str(entry.message) for entry in found]
     assert "calibration_config has no layer 'conv'" in texts
     assert any("layer 'conv1', which is not quantized here; did you mean 'conv'?" in text for text in texts)
+
+
+def test_a_calibration_loaded_in_evaluation_mode_counts_at_once() -> None:
+    model = nn.Sequential(nn.ReLU()).eval()
+    quantizer = QAT_Quantizer(model, rule("output", "0", 2))
+    quantizer.load_calibration_config({"0": {"output_bits": 2, "tracked_min_output": 0.0, "tracked_max_output": 3.0}})
+    assert model(torch.linspace(0, 5, 50)).unique().tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_a_quantizer_made_later_has_counted_the_same_steps() -> None:
+    model = nn.Sequential(nn.LSTM(3, 4))
+    QAT_Quantizer(model, rule("output", "0", quant_start_step=2))
+    model[0].quantkern.output.step.fill_(7)
+    model(torch.randn(2, 3))
+    assert {name: child.step.item() for name, child in model[0].quantkern.named_children()} == {
+        "output": 8,
+        "output_1": 8,
+        "output_2": 8,
+    }

@@ -1,5 +1,4 @@
 // fake_quantize on CUDA: checks, layout, allocation, registration. The kernels are in fake_quantize.cu.
-#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #include "fake_quantize.cuh"
@@ -64,7 +63,7 @@ at::Tensor fake_quantize_backward_cuda(const at::Tensor& grad, const at::Tensor&
   check_cuda_input(grad);
   check_mask(grad, mask);
   const c10::cuda::CUDAGuard guard(grad.device());
-  const at::Tensor out = at::empty_strided(grad.sizes(), strides, grad.options());
+  const at::Tensor out = new_strided(grad.sizes(), strides, grad);
   const at::Tensor in = grad.strides() == strides ? grad : out;
   if (in.is_same(out)) out.copy_(grad);
   C10_CUDA_CHECK(launch_fake_quantize_backward(dtype_of(grad), in.const_data_ptr(), mask.const_data_ptr<uint8_t>(),

@@ -1,0 +1,66 @@
+"""Puts the measured tables into README.md, from the files in benchmarks/results and nowhere else.
+
+    python -m benchmarks.report
+
+Between ``<!-- table: NAME -->`` and ``<!-- end -->`` stands what ``results/NAME.json`` says.
+"""
+
+from __future__ import annotations
+
+import re
+
+from benchmarks import harness
+
+README = harness.ROOT / "README.md"
+
+SHOWN = {
+    "aten": "ATen",
+    "aten-fused": "ATen fused observer",
+    "torch.compile": "torch.compile",
+    "nni": "NNI 2.10",
+    "brevitas": "brevitas",
+    "torchao": "torchao",
+}
+"""The peers of the table, in its order."""
+
+
+def table(name: str) -> str:
+    """The markdown table of one result file."""
+    document, results, _ = harness.read_json(harness.RESULTS / f"{name}.json")
+    cases: dict[str, dict[str, harness.Result]] = {}
+    for result in results:
+        if result.labels["direction"] == "both":
+            cases.setdefault(" ".join(result.labels.values()), {})[result.contestant] = result
+    peers = [peer for peer in SHOWN if any(peer in timed for timed in cases.values())]
+    rows = ["| operation | tensor | per | ours / copy | " + " | ".join(SHOWN[peer] for peer in peers) + " |"]
+    rows.append("|---" * (4 + len(peers)) + "|")
+    for timed in cases.values():
+        ours = timed["quantkern"]
+        cells = [ours.labels["operation"], ours.labels["shape"], ours.labels["per"], harness.figure(ours.to_floor)]
+        cells += [f"{harness.figure(timed[peer].to_ours)}x" if peer in timed else "" for peer in peers]
+        rows.append("| " + " | ".join(cells) + " |")
+    machine, versions = document["machine"], document["versions"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    changed = " with uncommitted changes" if document["commit"]["dirty"] else ""
+    told = (
+        f"Forward and backward, {document['arguments']['dtype']}, on {where}; torch {versions['torch']}, commit "
+        f"{document['commit']['hash'][:10]}{changed}, {document['date'][:10]}. The last columns are other libraries' "
+        "time over ours (more than 1: we are faster), medians of interleaved runs in one process; the fourth is our "
+        "time over a plain copy of the same bytes."
+    )
+    return told + "\n\n" + "\n".join(rows) + "\n"
+
+
+def update(text: str) -> str:
+    """README's text with every table whose results exist written anew."""
+
+    def fill(found: re.Match[str]) -> str:
+        name = found.group(1)
+        body = table(name) if (harness.RESULTS / f"{name}.json").exists() else ""
+        return f"<!-- table: {name} -->\n{body}<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    README.write_text(update(README.read_text()))
