@@ -295,7 +295,10 @@ def main(arguments: list[str] | None = None) -> None:
     contestants = contestants_for(device, options.contestants)
     absent = peers.missing()
     if absent:
-        print(f"not installed, so not compared: {', '.join(absent)} (pip install '.[peers]')")
+        commands = dict.fromkeys(
+            "pip install nni==2.10" if name == "nni" else "pip install '.[peers]'" for name in absent
+        )
+        print(f"not installed, so not compared: {', '.join(absent)} ({'; '.join(commands)})")
     if options.list:
         print_list(contestants)
         return
