@@ -181,9 +181,9 @@ def _layer_for(x: Tensor) -> tuple[type[nn.Module], dict[str, Any], Tensor]:
 
 def brevitas(p: Problem) -> Callable[[], Tensor]:
     """brevitas: its IntQuant core for a given scale, QuantConv2d or QuantLinear's quant_weight() for weights."""
-    import brevitas.nn as qnn
-    from brevitas.core.quant import IntQuant
-    from brevitas.quant import Int8WeightPerChannelFloat, Int8WeightPerTensorFloat
+    import brevitas.nn as qnn  # type: ignore[import-not-found,import-untyped]
+    from brevitas.core.quant import IntQuant  # type: ignore[import-not-found,import-untyped]
+    from brevitas.quant import Int8WeightPerChannelFloat, Int8WeightPerTensorFloat  # type: ignore[import-not-found,import-untyped]
 
     if p.operation == ACTIVATION:
         raise Unsupported("no quantization by a moving average of min and max (percentiles, then a learned parameter)")
@@ -206,7 +206,7 @@ def brevitas(p: Problem) -> Callable[[], Tensor]:
 
 def torchao(p: Problem) -> Callable[[], Tensor]:
     """torchao: choose_qparams_affine and _fake_quantize_affine; FakeQuantize with its moving-average observer."""
-    from torchao.quantization import quant_primitives as primitives
+    from torchao.quantization import quant_primitives as primitives  # type: ignore[import-not-found,import-untyped]
 
     block = list(p.x.shape)
     if p.axis is not None:
@@ -227,7 +227,7 @@ def torchao(p: Problem) -> Callable[[], Tensor]:
             )
 
         return weight
-    from torchao.quantization.pt2e import fake_quantize, observer
+    from torchao.quantization.pt2e import fake_quantize, observer  # type: ignore[import-not-found,import-untyped]
 
     shared = {"quant_min": low, "quant_max": high, "dtype": torch.quint8, "averaging_constant": 1.0 - EMA_DECAY}
     module: nn.Module
@@ -267,8 +267,8 @@ def nni(p: Problem) -> Callable[[], Tensor]:
     A given scale is its evaluation mode. Its step counter is moved on once, as its optimizer hook would.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        from nni.algorithms.compression.pytorch.quantization import QAT_Quantizer
-        from nni.compression.pytorch.quantization.literal import QuantType
+        from nni.algorithms.compression.pytorch.quantization import QAT_Quantizer  # type: ignore[import-not-found,import-untyped]
+        from nni.compression.pytorch.quantization.literal import QuantType  # type: ignore[import-not-found,import-untyped]
 
     if p.operation == ACTIVATION and p.axis not in (None, 1):
         raise Unsupported("channels of activations are always dimension 1")

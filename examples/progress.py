@@ -20,7 +20,7 @@ class Progress:
         self.tqdm: Any = None
         if self.terminal:
             try:
-                from tqdm import tqdm
+                from tqdm import tqdm  # type: ignore[import-untyped]
             except ImportError:
                 pass
             else:

@@ -7,7 +7,7 @@ A recipe gets the model, its optimizer and the number of steps in an epoch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +23,7 @@ class Quantizer(Protocol):
     def compress(self) -> nn.Module:
         """Attach to the model and return it."""
 
-    def export_model(self, model_path: str, calibration_path: str | None = None) -> dict[str, object]:
+    def export_model(self, model_path: str, calibration_path: str | None = None) -> Mapping[str, object]:
         """Detach, save the float model and its calibration."""
 
 
@@ -48,7 +48,7 @@ def naive(model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> Quant
 
 def qat(model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> Quantizer:
     """8 bits for what every matrix product reads (weights and inputs) and for what every activation writes."""
-    config_list = [
+    config_list: list[dict[str, object]] = [
         {
             "quant_types": ["weight", "input"],
             "quant_bits": {"weight": 8, "input": 8},
