@@ -22,6 +22,7 @@ _FAKE_QUANTIZE_WEIGHT = _OPS.fake_quantize_weight.default
 _FAKE_QUANTIZE_ACTIVATION = _OPS.fake_quantize_activation.default
 
 
+@functools.cache
 def has_native(device_type: str) -> bool:
     """Whether this build has compiled kernels for tensors on ``device_type``."""
     if device_type == "meta":
@@ -39,7 +40,6 @@ def _automatic(device_type: str) -> tuple[Backend, str]:
     return choice, f"this build has no compiled kernels for {device_type}; Triton: {why}"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
 def choose_backend(device_type: str) -> tuple[Backend, str]:
     """What AUTO means for tensors on a device, and why; a fallback is announced, once."""
@@ -96,11 +96,14 @@ def backends() -> Backends:
     )
 
 
+# Looked up on the path of every small call, and by torch.compile, which must not trace the question.
+_NATIVE = {device: Backend.NATIVE for device in ("cpu", "cuda", "meta") if has_native(device)}
+
+
 def _resolve(x: Tensor, backend: Backend) -> Backend:
     """The backend that will run; asking for one that cannot is an error."""
     if backend is Backend.AUTO:
-        # The CPU is always native; the question is on the path of every small call.
-        return Backend.NATIVE if x.is_cpu else choose_backend(x.device.type)[0]  # type: ignore[no-any-return]
+        return _NATIVE.get(x.device.type) or choose_backend(x.device.type)[0]
     if not isinstance(backend, Backend):
         raise TypeError(f"backend must be a member of quantkern.Backend, got {backend!r}")
     if backend is Backend.NATIVE and not has_native(x.device.type):

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <memory>
+#include <optional>
 #include <type_traits>
 
 // Up to some torch 2.12 nodes are held by shared_ptr with this deleter, later ones by intrusive_ptr. Declared here so
@@ -38,6 +39,9 @@ struct StraightThroughBackward : public torch::autograd::Node {
   variable_list apply(variable_list&& grads) override {
     if (!grads[0].defined()) return {at::Tensor()};
     if (every_gradient_passes) return {grads[0]};
+    // Without create_graph the backward needs no derivative of its own.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+    if (!at::GradMode::is_enabled()) below.emplace();
     return {call_backward(grads[0], mask.unpack(), strides)};
   }
   void release_variables() override { mask.reset_data(); }

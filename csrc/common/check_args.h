@@ -51,8 +51,11 @@ inline void check_zero_point_dtype(const at::Tensor& zero_point) {
                    "zero_point must be int32 or float32, got ", zero_point.scalar_type());
 }
 
-inline void check_scale_value(double scale) {
-  TORCH_CHECK_VALUE(is_usable_scale(static_cast<float>(scale)), "scale must be positive and finite, got ", scale);
+// The reciprocal of a scale that the host can see.
+inline float check_scale_value(double scale) {
+  const float inverse = reciprocal_scale(static_cast<float>(scale));
+  TORCH_CHECK_VALUE(inverse == inverse, "scale must be positive and finite, got ", scale);
+  return inverse;
 }
 
 inline void check_zero_point_value(double zero_point, int64_t quant_min, int64_t quant_max) {

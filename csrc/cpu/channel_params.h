@@ -1,7 +1,7 @@
 // The parameters of every channel, laid out the way the loops want them.
 #pragma once
 
-#include <c10/util/SmallVector.h>
+#include <memory>
 
 #include "../common/layout.h"
 #include "../numerics/ranges.h"
@@ -22,10 +22,11 @@ class PreparedParams {
                     : 0),
         period_(repeat_ ? channels_ * repeat_ : channels_),
         size_(period_ + (is_columns() ? kMaxLanes : 0)),
-        values_(3 * size_) {
-    view_ = {values_.data(),
-             values_.data() + size_,
-             values_.data() + 2 * size_,
+        many_(3 * size_ > kFew ? new float[3 * size_] : nullptr),
+        values_(many_ ? many_.get() : few_) {
+    view_ = {values_,
+             values_ + size_,
+             values_ + 2 * size_,
              period_,
              is_columns() ? 1 : layout.inner,
              static_cast<float>(quant_min),
@@ -34,12 +35,12 @@ class PreparedParams {
   PreparedParams(const PreparedParams&) = delete;
   PreparedParams& operator=(const PreparedParams&) = delete;
 
-  void set(int64_t channel, float scale, float zero_point) {
+  void set(int64_t channel, float inverse, float scale, float zero_point) {
+    const float parts[] = {inverse, scale, zero_point};
     const int64_t times = repeat_ ? repeat_ : 1;
-    for (int64_t i = channel * times; i < (channel + 1) * times; ++i) {
-      values_[i] = reciprocal_scale(scale);
-      values_[size_ + i] = scale;
-      values_[2 * size_ + i] = zero_point;
+    for (int64_t part = 0; part < 3; ++part) {
+      float* begin = values_ + part * size_ + channel * times;
+      for (int64_t i = 0; i < times; ++i) begin[i] = parts[part];
     }
   }
 
@@ -54,8 +55,11 @@ class PreparedParams {
  private:
   bool is_columns() const { return repeat_ > 0; }
 
+  static constexpr int64_t kFew = 64;
   int64_t channels_, repeat_, period_, size_;
-  c10::SmallVector<float, 64> values_;
+  float few_[kFew];
+  std::unique_ptr<float[]> many_;  // not initialised: every channel is set
+  float* values_;
   ChannelParams view_;
 };
 

@@ -26,7 +26,8 @@ void run_fake_quantize(const at::Tensor& in, const at::Tensor& out, const at::Te
   const DType dtype = dtype_of(in);
   const void* x = in.const_data_ptr();
   void* y = out.mutable_data_ptr();
-  for_stretches(in.numel(), [&](int64_t begin, int64_t end) { loop(dtype, x, y, bits, begin, end, params); });
+  const bool streamed = is_streamed(in, out);
+  for_stretches(in.numel(), [&](int64_t begin, int64_t end) { loop(dtype, x, y, bits, begin, end, params, streamed); });
 }
 
 void run_identity(const at::Tensor& in, const at::Tensor& out, const at::Tensor& mask) {
@@ -43,12 +44,12 @@ TensorPair fake_quantize_number_cpu(const at::Tensor& x, double scale, double ze
                                     int64_t quant_max, bool with_mask) {
   check_input(x);
   check_quant_range(quant_min, quant_max);
-  check_scale_value(scale);
+  const float inverse = check_scale_value(scale);
   check_zero_point_value(zero_point, quant_min, quant_max);
   auto [in, out] = dense_in_out(x);
   at::Tensor mask = new_mask(x, with_mask);
   PreparedParams params({1, 1, x.numel()}, quant_min, quant_max);
-  params.set(0, static_cast<float>(scale), static_cast<float>(zero_point));
+  params.set(0, inverse, static_cast<float>(scale), static_cast<float>(zero_point));
   params.finish();
   run_fake_quantize(in, out, mask, params.view());
   return {out, mask};
@@ -78,9 +79,9 @@ TensorPair fake_quantize_cpu(const at::Tensor& x, const at::Tensor& scale, const
   const bool integers = zero_points.scalar_type() == at::kInt;
   for (int64_t c = 0; c < scales.numel(); ++c) {
     const float zero = zero_point_at(zero_points, c);
-    check_scale_value(s[c]);
+    const float inverse = check_scale_value(s[c]);
     if (integers) check_zero_point_value(zero, quant_min, quant_max);
-    if (c < layout.channels) params.set(c, s[c], zero);
+    if (c < layout.channels) params.set(c, inverse, s[c], zero);
   }
   params.finish();
   run_fake_quantize(in, out, mask, params.view());
@@ -97,7 +98,9 @@ at::Tensor fake_quantize_backward_cpu(const at::Tensor& grad, const at::Tensor& 
   const void* g = in.const_data_ptr();
   const uint8_t* bits = mask.const_data_ptr<uint8_t>();
   void* dx = out.mutable_data_ptr();
-  for_stretches(grad.numel(), [&](int64_t begin, int64_t end) { loop(grad.element_size(), g, bits, dx, begin, end); });
+  const bool streamed = is_streamed(in, out);
+  for_stretches(grad.numel(),
+                [&](int64_t begin, int64_t end) { loop(grad.element_size(), g, bits, dx, begin, end, streamed); });
   return out;
 }
 

@@ -64,7 +64,7 @@ TensorPair fake_quantize_activation_cpu(const at::Tensor& x, at::Tensor& running
   bool active = !is_delayed(step, start_step);
   for (int64_t c = 0; c < layout.channels; ++c) {
     active = active && is_seen({state.running_min[c], state.running_max[c]});
-    params.set(c, state.scale[c], static_cast<float>(state.zero_point[c]));
+    params.set(c, reciprocal_scale(state.scale[c]), state.scale[c], static_cast<float>(state.zero_point[c]));
   }
   params.finish();
   if (active)

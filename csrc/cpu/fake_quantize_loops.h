@@ -23,12 +23,14 @@ struct ChannelParams {
   float quant_min, quant_max;
 };
 
+// streamed: write past the caches. Everything written must then lie at the start of an allocation, as out tensors do.
 struct FakeQuantizeLoops {
   // y = fake_quantize(x) on [begin, end); mask may be null.
   void (*quantize)(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
-                   const ChannelParams& params);
+                   const ChannelParams& params, bool streamed);
   // out = grad where the mask bit is 1, else 0, on [begin, end); elements of 2, 4 or 8 bytes.
-  void (*select)(int64_t element_size, const void* grad, const uint8_t* mask, void* out, int64_t begin, int64_t end);
+  void (*select)(int64_t element_size, const void* grad, const uint8_t* mask, void* out, int64_t begin, int64_t end,
+                 bool streamed);
   // Smallest and largest value on [begin, end), NaN left out.
   Range (*range)(DType dtype, const void* x, int64_t begin, int64_t end);
   // low[j], high[j] take in every element i of [begin, end) with i % period == j; begin % period == 0.

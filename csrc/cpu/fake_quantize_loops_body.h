@@ -29,16 +29,31 @@ QK_LANE Affine<V> params_of(const ChannelParams& p, int64_t channel) {
   return {V::all(p.inverse[channel]), V::all(p.scale[channel]), V::all(p.zero_point[channel])};
 }
 
-// One whole group of lanes.
-template <bool kMask, class T, class V>
-QK_LANE void quantize_group(const T* x, T* y, uint8_t* mask, const Affine<V>& p, V low, V high) {
+// One whole group of lanes; returns its mask bits.
+template <bool kMask, bool kStream, class T, class V>
+QK_LANE uint32_t quantize_lanes(const T* x, T* y, const Affine<V>& p, V low, V high) {
   V value, rounded, clamped;
   load(x, value);
-  store(y, fake_quantize_lane(value, p, low, high, rounded, clamped));
+  store<kStream>(y, fake_quantize_lane(value, p, low, high, rounded, clamped));
+  return kMask ? equal_bits(rounded, clamped) : 0;
+}
+
+template <bool kMask, bool kStream, class T, class V>
+QK_LANE void quantize_group(const T* x, T* y, uint8_t* mask, const Affine<V>& p, V low, V high) {
+  const uint32_t bits = quantize_lanes<kMask, kStream>(x, y, p, low, high);
   if (!kMask) return;
-  const uint32_t bits = equal_bits(rounded, clamped);
   mask[0] = static_cast<uint8_t>(bits);
   if (V::width == 16) mask[1] = static_cast<uint8_t>(bits >> 8);
+}
+
+// Several groups whose mask bits are stored as one word: a third faster than byte by byte.
+constexpr int64_t kBlock = 32;
+template <bool kMask, bool kStream, class T, class V>
+QK_LANE void quantize_block(const T* x, T* y, uint8_t* mask, const Affine<V>& p, V low, V high) {
+  uint32_t bits = 0;
+  for (int64_t k = 0; k < kBlock; k += V::width)
+    bits |= quantize_lanes<kMask, kStream>(x + k, y + k, p, low, high) << k;
+  if (kMask) std::memcpy(mask, &bits, sizeof bits);
 }
 
 // The first `count` lanes of a group, through buffers: the end of the tensor.
@@ -47,7 +62,7 @@ QK_LANE void quantize_partial(const T* x, T* y, uint8_t* mask, int64_t count, co
   T in[V::width] = {}, out[V::width];
   uint8_t bits[2] = {0, 0};
   std::memcpy(in, x, count * sizeof(T));
-  quantize_group<kMask>(in, out, bits, p, low, high);
+  quantize_group<kMask, false>(in, out, bits, p, low, high);
   std::memcpy(y, out, count * sizeof(T));
   if (!kMask) return;
   const uint32_t kept = (bits[0] | static_cast<uint32_t>(bits[1]) << 8) & ((1u << count) - 1u);
@@ -59,13 +74,13 @@ template <bool kMask, class T, class V>
 QK_LANE void quantize_some(const T* x, T* y, uint8_t* mask, int64_t i, int64_t end, const Affine<V>& p, V low, V high) {
   uint8_t* bits = kMask ? mask + i / 8 : nullptr;
   if (end - i >= V::width)
-    quantize_group<kMask>(x + i, y + i, bits, p, low, high);
+    quantize_group<kMask, false>(x + i, y + i, bits, p, low, high);
   else
     quantize_partial<kMask>(x + i, y + i, bits, end - i, p, low, high);
 }
 
 // Element by element parameters, which repeat every `channels` elements.
-template <bool kMask, class T>
+template <bool kMask, bool kStream, class T>
 static void quantize_columns(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
   using V = typename VecOf<T>::type;
   const V low = V::all(p.quant_min), high = V::all(p.quant_max);
@@ -73,7 +88,10 @@ static void quantize_columns(const T* x, T* y, uint8_t* mask, int64_t begin, int
   int64_t c = begin % p.channels;
   for (int64_t i = begin; i < end; i += V::width) {
     const auto params = load_params<V>(p.inverse + c, p.scale + c, p.zero_point + c);
-    quantize_some<kMask>(x, y, mask, i, end, params, low, high);
+    if (end - i >= V::width)
+      quantize_group<kMask, kStream>(x + i, y + i, kMask ? mask + i / 8 : nullptr, params, low, high);
+    else
+      quantize_partial<kMask>(x + i, y + i, kMask ? mask + i / 8 : nullptr, end - i, params, low, high);
     c += advance;
     if (c >= p.channels) c -= p.channels;
   }
@@ -92,7 +110,7 @@ QK_LANE Affine<V> gather_params(const ChannelParams& p, int64_t i) {
   return load_params<V>(inverse, scale, zero_point);
 }
 
-template <bool kMask, class T>
+template <bool kMask, bool kStream, class T>
 static void quantize_rows(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
   using V = typename VecOf<T>::type;
   const V low = V::all(p.quant_min), high = V::all(p.quant_max);
@@ -100,57 +118,74 @@ static void quantize_rows(const T* x, T* y, uint8_t* mask, int64_t begin, int64_
     const int64_t row = p.channels == 1 ? 0 : i / p.inner;
     const int64_t stop = p.channels == 1 || (row + 1) * p.inner > end ? end : (row + 1) * p.inner;
     const auto params = params_of<V>(p, p.channels == 1 ? 0 : row % p.channels);
+    for (; i + kBlock <= stop; i += kBlock)
+      quantize_block<kMask, kStream>(x + i, y + i, kMask ? mask + i / 8 : nullptr, params, low, high);
     for (; i + V::width <= stop; i += V::width)
-      quantize_group<kMask>(x + i, y + i, kMask ? mask + i / 8 : nullptr, params, low, high);
+      quantize_group<kMask, kStream>(x + i, y + i, kMask ? mask + i / 8 : nullptr, params, low, high);
     if (i == stop) continue;
     quantize_some<kMask>(x, y, mask, i, end, stop == end ? params : gather_params<V>(p, i), low, high);
     i += V::width;
   }
 }
 
-template <bool kMask, class T>
+template <bool kMask, bool kStream, class T>
 static void quantize_typed(const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
   if (p.channels > 1 && p.inner == 1)
-    quantize_columns<kMask>(static_cast<const T*>(x), static_cast<T*>(y), mask, begin, end, p);
+    quantize_columns<kMask, kStream>(static_cast<const T*>(x), static_cast<T*>(y), mask, begin, end, p);
   else
-    quantize_rows<kMask>(static_cast<const T*>(x), static_cast<T*>(y), mask, begin, end, p);
+    quantize_rows<kMask, kStream>(static_cast<const T*>(x), static_cast<T*>(y), mask, begin, end, p);
 }
 
-template <bool kMask>
+template <bool kMask, bool kStream>
 static void quantize_any(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
                          const ChannelParams& p) {
   switch (dtype) {
     case DType::kFloat:
-      return quantize_typed<kMask, float>(x, y, mask, begin, end, p);
+      return quantize_typed<kMask, kStream, float>(x, y, mask, begin, end, p);
     case DType::kHalf:
-      return quantize_typed<kMask, Half>(x, y, mask, begin, end, p);
+      return quantize_typed<kMask, kStream, Half>(x, y, mask, begin, end, p);
     case DType::kBFloat16:
-      return quantize_typed<kMask, BFloat16>(x, y, mask, begin, end, p);
+      return quantize_typed<kMask, kStream, BFloat16>(x, y, mask, begin, end, p);
     case DType::kDouble:
-      return quantize_typed<kMask, double>(x, y, mask, begin, end, p);
+      return quantize_typed<kMask, kStream, double>(x, y, mask, begin, end, p);
   }
 }
 
 static void quantize(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
-                     const ChannelParams& p) {
-  return mask ? quantize_any<true>(dtype, x, y, mask, begin, end, p)
-              : quantize_any<false>(dtype, x, y, mask, begin, end, p);
+                     const ChannelParams& p, bool streamed) {
+  if (mask) {
+    streamed ? quantize_any<true, true>(dtype, x, y, mask, begin, end, p)
+             : quantize_any<true, false>(dtype, x, y, mask, begin, end, p);
+  } else {
+    streamed ? quantize_any<false, true>(dtype, x, y, mask, begin, end, p)
+             : quantize_any<false, false>(dtype, x, y, mask, begin, end, p);
+  }
+  if (streamed) stream_fence();
 }
 
-template <class E>
+template <bool kStream, class E>
 static void select_typed(const void* grad, const uint8_t* mask, void* out, int64_t begin, int64_t end) {
   constexpr int64_t width = SelectWidth<E>::value;
   const E* g = static_cast<const E*>(grad);
   E* o = static_cast<E*>(out);
   int64_t i = begin;
-  for (; i + width <= end; i += width) select_group(g + i, mask + i / 8, o + i);
+  for (; i + width <= end; i += width) select_group<kStream>(g + i, mask + i / 8, o + i);
   for (; i < end; ++i) o[i] = (mask[i / 8] >> (i % 8) & 1) ? g[i] : E{0};
 }
 
-static void select(int64_t element_size, const void* grad, const uint8_t* mask, void* out, int64_t begin, int64_t end) {
-  if (element_size == 2) return select_typed<uint16_t>(grad, mask, out, begin, end);
-  if (element_size == 4) return select_typed<uint32_t>(grad, mask, out, begin, end);
-  return select_typed<uint64_t>(grad, mask, out, begin, end);
+template <bool kStream>
+static void select_any(int64_t element_size, const void* grad, const uint8_t* mask, void* out, int64_t begin,
+                       int64_t end) {
+  if (element_size == 2) return select_typed<kStream, uint16_t>(grad, mask, out, begin, end);
+  if (element_size == 4) return select_typed<kStream, uint32_t>(grad, mask, out, begin, end);
+  return select_typed<kStream, uint64_t>(grad, mask, out, begin, end);
+}
+
+static void select(int64_t element_size, const void* grad, const uint8_t* mask, void* out, int64_t begin, int64_t end,
+                   bool streamed) {
+  if (!streamed) return select_any<false>(element_size, grad, mask, out, begin, end);
+  select_any<true>(element_size, grad, mask, out, begin, end);
+  stream_fence();
 }
 
 // Four accumulators hide the latency of the comparisons. With the data first, NaN never gets in.
@@ -186,9 +221,13 @@ static Range range_typed(const void* data, int64_t begin, int64_t end) {
   float lows[V::width], highs[V::width];
   store(lows, low[0]);
   store(highs, high[0]);
-  Range range = empty_range();
-  for (int k = 0; k < V::width; ++k) range = merge(range, Range{lows[k], highs[k]});
-  return range;
+  for (int half = V::width / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) {
+      lows[k] = quantkern::min_lane(lows[k], lows[k + half]);
+      highs[k] = quantkern::max_lane(highs[k], highs[k + half]);
+    }
+  }
+  return {lows[0], highs[0]};
 }
 
 static Range range(DType dtype, const void* x, int64_t begin, int64_t end) {

@@ -24,7 +24,7 @@ struct WeightState {
     const ScaleZeroPoint chosen = choose_scale(range, quant_min, quant_max, symmetric);
     scale[channel] = chosen.scale;
     zero_point[channel] = chosen.zero_point;
-    params.set(channel, chosen.scale, static_cast<float>(chosen.zero_point));
+    params.set(channel, reciprocal_scale(chosen.scale), chosen.scale, static_cast<float>(chosen.zero_point));
   }
 };
 
@@ -38,6 +38,7 @@ void quantize_row_blocks(const at::Tensor& in, const at::Tensor& out, const at::
   const void* x = in.const_data_ptr();
   void* y = out.mutable_data_ptr();
   uint8_t* bits = mask.numel() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  const bool streamed = is_streamed(in, out);
   const int64_t unit = kStretch / std::gcd(layout.inner, kStretch);
   const int64_t units = (layout.channels + unit - 1) / unit;
   const int64_t rows_a_block = std::max<int64_t>(1, kBlock / layout.inner);
@@ -49,7 +50,7 @@ void quantize_row_blocks(const at::Tensor& in, const at::Tensor& out, const at::
       for (; c < block_end; ++c)
         state.choose(loops.range(dtype, x, c * layout.inner, (c + 1) * layout.inner), c, params);
       const int64_t known = c == stop ? c * layout.inner : c * layout.inner / kStretch * kStretch;
-      if (known > done) loops.quantize(dtype, x, y, bits, done, known, params.view());
+      if (known > done) loops.quantize(dtype, x, y, bits, done, known, params.view(), streamed);
       done = std::max(done, known);
     }
   });

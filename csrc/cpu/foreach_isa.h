@@ -17,6 +17,15 @@
 
 #define QK_LANE static inline __attribute__((always_inline))
 
+namespace quantkern::cpu {
+// Orders streamed stores before whatever the thread does next.
+inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+}  // namespace quantkern::cpu
+
 namespace quantkern::cpu::baseline {
 #include "vec_generic.h"
 #include "../numerics/affine_lane.h"

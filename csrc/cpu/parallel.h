@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 
@@ -9,8 +10,15 @@
 
 namespace quantkern::cpu {
 
-// Fewer elements than this are not worth a second thread: they take about 10 us, waking a thread takes 5.
-constexpr int64_t kGrain = 65536;
+// Fewer elements than this are not worth a second thread: they take about 10 us, waking a thread takes up to 20.
+constexpr int64_t kGrain = 98304;
+
+// From this size on an output goes past the caches: it would not stay in them, and a line written past them need not
+// be read first, which is a third of the traffic.
+constexpr size_t kStreamBytes = size_t{16} << 20;
+inline bool is_streamed(const at::Tensor& in, const at::Tensor& out) {
+  return out.nbytes() >= kStreamBytes && !in.is_same(out);
+}
 
 template <class F>
 void for_stretches(int64_t numel, const F& f) {

@@ -56,9 +56,12 @@ std::vector<Range> column_ranges(const at::Tensor& x, const Layout& layout) {
       loop(dtype, data, begin, end, period, low.data() + t * period, high.data() + t * period);
     }
   });
-  for (int64_t i = 0; i < threads * period; ++i) {
-    Range& range = ranges[i % row / layout.inner];
-    range = merge(range, Range{low[i], high[i]});
+  for (int64_t begin = 0; begin < threads * period; begin += row) {
+    for (int64_t c = 0, i = begin; c < layout.channels; ++c) {
+      Range range = ranges[c];
+      for (const int64_t end = i + layout.inner; i < end; ++i) range = merge(range, Range{low[i], high[i]});
+      ranges[c] = range;
+    }
   }
   return ranges;
 }

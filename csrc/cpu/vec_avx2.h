@@ -25,10 +25,24 @@ QK_LANE void load(const BFloat16* p, Vec8& r) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   r.v = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-QK_LANE void store(float* p, Vec8 a) { _mm256_storeu_ps(p, a.v); }
-QK_LANE void store(Half* p, Vec8 a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+template <bool kStream>
+QK_LANE void write(void* p, __m256i bits) {
+  kStream ? _mm256_stream_si256(static_cast<__m256i*>(p), bits) : _mm256_storeu_si256(static_cast<__m256i*>(p), bits);
 }
+template <bool kStream>
+QK_LANE void write(void* p, __m128i bits) {
+  kStream ? _mm_stream_si128(static_cast<__m128i*>(p), bits) : _mm_storeu_si128(static_cast<__m128i*>(p), bits);
+}
+
+template <bool kStream = false>
+QK_LANE void store(float* p, Vec8 a) {
+  write<kStream>(p, _mm256_castps_si256(a.v));
+}
+template <bool kStream = false>
+QK_LANE void store(Half* p, Vec8 a) {
+  write<kStream>(p, _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+template <bool kStream = false>
 QK_LANE void store(BFloat16* p, Vec8 a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -36,24 +50,26 @@ QK_LANE void store(BFloat16* p, Vec8 a) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   const __m256i high = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  write<kStream>(p, _mm256_castsi256_si128(packed));
 }
 
 // Each lane keeps its own bit of the broadcast mask byte(s) and compares it with that bit.
+template <bool kStream>
 QK_LANE void select_group(const uint32_t* grad, const uint8_t* mask, uint32_t* out) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i own = _mm256_and_si256(_mm256_set1_epi32(mask[0]), bit);
   const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(grad));
   const __m256i kept = _mm256_and_si256(value, _mm256_cmpeq_epi32(own, bit));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), kept);
+  write<kStream>(out, kept);
 }
+template <bool kStream>
 QK_LANE void select_group(const uint16_t* grad, const uint8_t* mask, uint16_t* out) {
   const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
                                         static_cast<short>(32768));
   const __m256i own = _mm256_and_si256(_mm256_set1_epi16(static_cast<short>(mask[0] | mask[1] << 8)), bit);
   const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(grad));
   const __m256i kept = _mm256_and_si256(value, _mm256_cmpeq_epi16(own, bit));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), kept);
+  write<kStream>(out, kept);
 }
 template <>
 struct SelectWidth<uint16_t> {

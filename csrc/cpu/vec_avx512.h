@@ -24,26 +24,42 @@ QK_LANE void load(const BFloat16* p, Vec16& r) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   r.v = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-QK_LANE void store(float* p, Vec16 a) { _mm512_storeu_ps(p, a.v); }
-QK_LANE void store(Half* p, Vec16 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+template <bool kStream>
+QK_LANE void write(void* p, __m512i bits) {
+  kStream ? _mm512_stream_si512(static_cast<__m512i*>(p), bits) : _mm512_storeu_si512(p, bits);
 }
+template <bool kStream>
+QK_LANE void write(void* p, __m256i bits) {
+  kStream ? _mm256_stream_si256(static_cast<__m256i*>(p), bits) : _mm256_storeu_si256(static_cast<__m256i*>(p), bits);
+}
+
+template <bool kStream = false>
+QK_LANE void store(float* p, Vec16 a) {
+  write<kStream>(p, _mm512_castps_si512(a.v));
+}
+template <bool kStream = false>
+QK_LANE void store(Half* p, Vec16 a) {
+  write<kStream>(p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+template <bool kStream = false>
 QK_LANE void store(BFloat16* p, Vec16 a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   const __m512i high = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+  write<kStream>(p, _mm512_cvtepi32_epi16(high));
 }
 
+template <bool kStream>
 QK_LANE void select_group(const uint32_t* grad, const uint8_t* mask, uint32_t* out) {
   const __mmask16 keep = static_cast<__mmask16>(mask[0] | mask[1] << 8);
-  _mm512_storeu_si512(out, _mm512_maskz_loadu_epi32(keep, grad));
+  write<kStream>(out, _mm512_maskz_loadu_epi32(keep, grad));
 }
+template <bool kStream>
 QK_LANE void select_group(const uint16_t* grad, const uint8_t* mask, uint16_t* out) {
   const __mmask16 keep = static_cast<__mmask16>(mask[0] | mask[1] << 8);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_maskz_loadu_epi16(keep, grad));
+  write<kStream>(out, _mm256_maskz_loadu_epi16(keep, grad));
 }
 template <>
 struct SelectWidth<uint16_t> {

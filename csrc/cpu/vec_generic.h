@@ -69,13 +69,14 @@ QK_LANE void load(const Half* p, Lanes<float>& r) {
 QK_LANE void load(const BFloat16* p, Lanes<float>& r) {
   for (int i = 0; i < 8; ++i) r.v[i] = to_float(p[i]);
 }
-template <class T, class C>
+// kStream: past the caches, where the target can; p is then aligned to the size of the group.
+template <bool kStream = false, class T, class C>
 QK_LANE void store(T* p, Lanes<C> a) {
   for (int i = 0; i < 8; ++i) p[i] = from_compute<T>(a.v[i]);
 }
 
 // out = grad where the mask bit is set, else +0; E is an unsigned integer of the element's size.
-template <class E>
+template <bool kStream, class E>
 QK_LANE void select_group(const E* grad, const uint8_t* mask, E* out) {
   for (int i = 0; i < 8; ++i) out[i] = grad[i] & (static_cast<E>(0) - static_cast<E>((mask[0] >> i) & 1));
 }

@@ -14,12 +14,11 @@ namespace quantkern {
 // Bounds of quant_min and quant_max: every q and q - zero_point is then exact in float32.
 constexpr int kQuantLimit = 1 << 20;
 
-// A scale is usable when it is positive and finite and its reciprocal is finite too.
-QK_HOST_DEVICE bool is_usable_scale(float scale) { return scale > 0.0f && is_finite(scale) && is_finite(1.0f / scale); }
-
-// 1 / scale, or NaN, which turns every y into NaN, where the scale is unusable.
+// 1 / scale, or NaN, which turns every y into NaN, where the scale is unusable: it must be positive and finite, and so
+// must its reciprocal.
 QK_HOST_DEVICE float reciprocal_scale(float scale) {
-  return is_usable_scale(scale) ? 1.0f / scale : __builtin_nanf("");
+  const float inverse = 1.0f / scale;
+  return scale > 0.0f && is_finite(scale) && is_finite(inverse) ? inverse : __builtin_nanf("");
 }
 
 #include "affine_lane.h"
