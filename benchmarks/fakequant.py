@@ -130,16 +130,6 @@ def make_gradient(question: Question, device: torch.device) -> Tensor:
     return question.shape.make(DTYPES[question.dtype], device, seed=1)
 
 
-def gradient_of(y: Tensor, x: Tensor, above: Tensor) -> Tensor:
-    """The backward half of the work.
-
-    The engine is called as torch.autograd.grad calls it. That function's own Python takes about 25 us, as long as all
-    the work on a small tensor; a training step pays for it once, not once a layer, so no contestant does here.
-    """
-    engine = torch.autograd.Variable._execution_engine
-    return engine.run_backward((y,), (above,), False, False, (x,), allow_unreachable=True, accumulate_grad=False)[0]
-
-
 def compare(question: Question, device: torch.device, adapter: Adapter) -> harness.Verdict:
     """Run a contestant and the reference on two batches and compare the second y and gradient.
 
@@ -159,7 +149,7 @@ def compare(question: Question, device: torch.device, adapter: Adapter) -> harne
         with torch.no_grad():
             p.x.copy_(second)
         y = step()
-        grad = gradient_of(y, p.x, make_gradient(question, device)) if both else None
+        grad = harness.gradients(y, (p.x,), make_gradient(question, device))[0] if both else None
         outcome.append((y.detach().float(), grad))
         if build is peers.reference_adapter:
             scale = _scale_used(p)
@@ -201,7 +191,7 @@ def make_contestant(name: str, question: Question, device: torch.device, adapter
         above = make_gradient(question, device)
 
         def run() -> object:
-            return gradient_of(step(), p.x, above)
+            return harness.gradients(step(), (p.x,), above)
 
     return harness.Contestant(name, run, lambda: compare(question, device, adapter))
 
@@ -249,7 +239,8 @@ def contestants_for(device: torch.device, only: list[str] | None) -> dict[str, A
     return {name: adapter for name, adapter in everyone.items() if only is None or name in only}
 
 
-def _names(known: list[str], option: str) -> Callable[[str], list[str]]:
+def names_of(known: list[str], option: str) -> Callable[[str], list[str]]:
+    """A parser of comma-separated names, for argparse."""
     def parse(text: str) -> list[str]:
         chosen = [name.strip() for name in text.split(",") if name.strip()]
         unknown = [name for name in chosen if name not in known]
@@ -266,10 +257,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     p.add_argument("--threads", type=int, help="CPU threads for every contestant (default: torch's own choice)")
-    p.add_argument("--shapes", type=_names(list(SHAPES), "--shapes"), default=list(SHAPES), help="comma separated")
-    p.add_argument("--ops", type=_names(list(OPERATIONS), "--ops"), default=list(OPERATIONS), help="comma separated")
-    p.add_argument("--per", type=_names(list(GRANULARITIES), "--per"), default=list(GRANULARITIES))
-    p.add_argument("--directions", type=_names(list(DIRECTIONS), "--directions"), default=list(DIRECTIONS))
+    p.add_argument("--shapes", type=names_of(list(SHAPES), "--shapes"), default=list(SHAPES), help="comma separated")
+    p.add_argument("--ops", type=names_of(list(OPERATIONS), "--ops"), default=list(OPERATIONS), help="comma separated")
+    p.add_argument("--per", type=names_of(list(GRANULARITIES), "--per"), default=list(GRANULARITIES))
+    p.add_argument("--directions", type=names_of(list(DIRECTIONS), "--directions"), default=list(DIRECTIONS))
     p.add_argument("--contestants", type=lambda text: text.split(","), help="comma separated (default: all installed)")
     p.add_argument("--seconds", type=float, default=2.0, help="time budget for timing one case (default 2)")
     p.add_argument("--json", type=Path, help="where the results go (default benchmarks/results/fakequant-DEVICE.json)")
@@ -312,37 +303,12 @@ def main(arguments: list[str] | None = None) -> None:
             f"this build of quantkern has no compiled kernels for {device.type}; rebuild it on a machine with the "
             "CUDA toolkit: QUANTKERN_CUDA=1 pip install ."
         )
-    where = harness.environment(device, peers.DISTRIBUTIONS)
-    where["machine"]["quantkern"] = _kernels(device)
-    machine = where["machine"]
-    print(f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} CPU threads, {options.dtype}")
-    print(f"quantkern runs: {machine['quantkern']}")
     chosen = questions(options.shapes, options.ops, options.per, options.directions, options.dtype)
     suffix = "" if options.dtype == "float32" else f"-{options.dtype}"
     path = options.json or harness.RESULTS / f"fakequant-{options.device}{suffix}.json"
     shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    results: list[harness.Result] = []
-    excluded: list[harness.Excluded] = []
-    for case, timed, not_timed in harness.interleave(cases(chosen, device, contestants), options.seconds):
-        harness.print_case(case, timed, not_timed)
-        results += timed
-        excluded += not_timed
-        harness.write_json(path, "fakequant", where, shown, results, excluded)  # now, in case the run is cut short
-    harness.print_summary("milliseconds, ours over the floor, and each peer's time over ours", results)
-    print(f"\nwritten: {path}")
-    if options.plot:
-        harness.plot(options.plot, f"fake-quantization, {options.dtype}, {options.device}", results)
-        print(f"drawn: {options.plot}")
-
-
-def _kernels(device: torch.device) -> str:
-    """Which of our kernels AUTO runs here, on the CPU with their instruction set."""
-    backend, reason = F.choose_backend(device.type)
-    if device.type == "cpu":
-        from quantkern import _C
-
-        reason = f"{reason}, running on {_C.cpu_capability()}"
-    return f"{backend.value}: {reason}"
+    made = cases(chosen, device, contestants)
+    harness.run("fakequant", made, device, path, shown, options.seconds, options.plot, peers.DISTRIBUTIONS)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -261,6 +262,18 @@ def _time(
     ]
 
 
+def gradients(y: Tensor, inputs: Sequence[Tensor], above: Tensor) -> tuple[Tensor, ...]:
+    """The backward half of the work.
+
+    The engine is called as torch.autograd.grad calls it. That function's own Python takes about 25 us, as long as all
+    the work on a small tensor; a training step pays for it once, not once a layer, so no contestant does here.
+    """
+    engine = torch.autograd.Variable._execution_engine
+    return engine.run_backward(  # type: ignore[no-any-return, no-untyped-call]
+        (y,), (above,), False, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+    )
+
+
 # --- where and with what it ran
 
 
@@ -476,3 +489,46 @@ def plot(path: Path, title: str, results: Sequence[Result]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     chart.savefig(path, dpi=130)
     plt.close(chart)
+
+
+def kernels_for(device: torch.device) -> str:
+    """Which of our kernels AUTO runs on a device, on the CPU with their instruction set."""
+    from quantkern import _C
+    from quantkern import functional as F
+
+    backend, reason = F.choose_backend(device.type)
+    if device.type == "cpu":
+        reason = f"{reason}, running on {_C.cpu_capability()}"
+    return f"{backend.value}: {reason}"
+
+
+def run(
+    benchmark: str,
+    cases: Iterable[Case],
+    device: torch.device,
+    path: Path,
+    arguments: dict[str, Any],
+    seconds: float,
+    chart: Path | None,
+    distributions: Iterable[str],
+) -> None:
+    """Check, time, print, write after every case (a run may be cut short), and draw."""
+    if chart:
+        require_matplotlib()
+    where = environment(device, distributions)
+    machine = where["machine"]
+    machine["quantkern"] = kernels_for(device)
+    print(f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} CPU threads, {arguments.get('dtype')}")
+    print(f"quantkern runs: {machine['quantkern']}")
+    results: list[Result] = []
+    excluded: list[Excluded] = []
+    for case, timed, not_timed in interleave(cases, seconds):
+        print_case(case, timed, not_timed)
+        results += timed
+        excluded += not_timed
+        write_json(path, benchmark, where, arguments, results, excluded)
+    print_summary("milliseconds, ours over the floor, and each peer's time over ours", results)
+    print(f"\nwritten: {path}")
+    if chart:
+        plot(chart, f"{benchmark}, {arguments.get('dtype')}, {device.type}", results)
+        print(f"drawn: {chart}")

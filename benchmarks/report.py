@@ -13,6 +13,9 @@ from benchmarks import harness
 
 README = harness.ROOT / "README.md"
 
+SHAPES = ("act-64x56", "weight-512", "weight-64", "tiny-16")
+"""The shapes of the table: a large activation, a large and a small weight, the cost of a call."""
+
 SHOWN = {
     "aten": "ATen",
     "aten-fused": "ATen fused observer",
@@ -29,7 +32,7 @@ def table(name: str) -> str:
     document, results, _ = harness.read_json(harness.RESULTS / f"{name}.json")
     cases: dict[str, dict[str, harness.Result]] = {}
     for result in results:
-        if result.labels["direction"] == "both":
+        if result.labels["direction"] == "both" and result.labels["shape"] in SHAPES:
             cases.setdefault(" ".join(result.labels.values()), {})[result.contestant] = result
     peers = [peer for peer in SHOWN if any(peer in timed for timed in cases.values())]
     rows = ["| operation | tensor | per | ours / copy | " + " | ".join(SHOWN[peer] for peer in peers) + " |"]
@@ -46,7 +49,7 @@ def table(name: str) -> str:
         f"Forward and backward, {document['arguments']['dtype']}, on {where}; torch {versions['torch']}, commit "
         f"{document['commit']['hash'][:10]}{changed}, {document['date'][:10]}. The last columns are other libraries' "
         "time over ours (more than 1: we are faster), medians of interleaved runs in one process; the fourth is our "
-        "time over a plain copy of the same bytes."
+        f"time over a plain copy of the same bytes. More shapes, and the forward alone: benchmarks/results/{name}.json."
     )
     return told + "\n\n" + "\n".join(rows) + "\n"
 
