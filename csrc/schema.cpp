@@ -38,4 +38,24 @@ TORCH_LIBRARY(quantkern, m) {
       "fake_quantize_activation_forward(Tensor x, Tensor(a!) running_min, Tensor(b!) running_max, Tensor(c!) scale, "
       "Tensor(d!) zero_point, Tensor observing, int quant_min, int quant_max, bool symmetric, float ema_decay, "
       "int? axis, Tensor? step, int start_step, bool with_mask) -> (Tensor, Tensor)");
+
+  // Learned step size. zero_point: learned too where given, else 0.
+  m.def(
+      "lsq(Tensor x, Tensor scale, int quant_min, int quant_max, float grad_scale, int? axis=None, "
+      "Tensor? zero_point=None) -> Tensor");
+  m.def(
+      "lsq_forward(Tensor x, Tensor scale, int quant_min, int quant_max, int? axis, Tensor? zero_point) -> Tensor");
+  // Gradients of x, scale and zero point, the last one empty without a zero point.
+  m.def(
+      "lsq_backward(Tensor grad, Tensor x, Tensor scale, int quant_min, int quant_max, float grad_scale, int? axis, "
+      "Tensor? zero_point) -> (Tensor, Tensor, Tensor)");
+
+  // DoReFa. The second result of the forward is max|x|, for the backward (mean|x| with 1 bit).
+  m.def("dorefa_weight(Tensor x, int bits) -> Tensor");
+  m.def("dorefa_weight_forward(Tensor x, int bits) -> (Tensor, Tensor)");
+  m.def("dorefa_weight_backward(Tensor grad, Tensor x, Tensor largest) -> Tensor");
+  m.def("dorefa_activation(Tensor x, int bits) -> Tensor");
+  m.def("dorefa_activation_forward(Tensor x, int bits, bool with_mask) -> (Tensor, Tensor)");
+  // Quantizes a gradient stochastically; seed is a 1-element int64 tensor on its device.
+  m.def("dorefa_gradient(Tensor grad, int bits, Tensor seed) -> Tensor");
 }

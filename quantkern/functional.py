@@ -20,6 +20,10 @@ _FAKE_QUANTIZE = _OPS.fake_quantize.default
 _FAKE_QUANTIZE_NUMBER = _OPS.fake_quantize.number
 _FAKE_QUANTIZE_WEIGHT = _OPS.fake_quantize_weight.default
 _FAKE_QUANTIZE_ACTIVATION = _OPS.fake_quantize_activation.default
+_LSQ = _OPS.lsq.default
+_DOREFA_WEIGHT = _OPS.dorefa_weight.default
+_DOREFA_ACTIVATION = _OPS.dorefa_activation.default
+_DOREFA_GRADIENT = _OPS.dorefa_gradient.default
 
 
 @functools.cache
@@ -167,6 +171,11 @@ def check_arguments(x: Tensor, quant_min: int, quant_max: int, axis: int | None)
             f"quant_min must be less than quant_max and both within +-{limit}, "
             f"got quant_min={quant_min}, quant_max={quant_max}"
         )
+    return check_axis(x, axis)
+
+
+def check_axis(x: Tensor, axis: int | None) -> int | None:
+    """The axis counted from the front."""
     if axis is None:
         return None
     if not -x.dim() <= axis < x.dim():
@@ -433,3 +442,241 @@ def _write(target: Tensor, value: Tensor) -> None:
     """Fill a state tensor of one or of many elements."""
     with torch.no_grad():
         target.copy_(value.reshape(target.shape))
+
+
+class _TritonLsq(torch.autograd.Function):
+    """The learned step size on the Triton kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, *settings: Any) -> Tensor:
+        quant_min, quant_max, _, axis = ctx.settings = settings
+        ctx.save_for_backward(x, scale, zero_point)
+        y: Tensor = triton_twins.lsq_forward(x, scale, quant_min, quant_max, axis, zero_point)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
+        quant_min, quant_max, grad_scale, axis = ctx.settings
+        dx, dscale, dzero = triton_twins.lsq_backward(
+            grads[0], x, scale, quant_min, quant_max, grad_scale, axis, zero_point
+        )
+        return dx, dscale, None if zero_point is None else dzero, None, None, None, None
+
+
+def lsq(
+    x: Tensor,
+    scale: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    grad_scale: float | None = None,
+    zero_point: Tensor | None = None,
+    *,
+    backend: Backend = Backend.AUTO,
+) -> Tensor:
+    """Fake-quantize x with a step size that is learned by gradient descent.
+
+    With v = x / scale, p = v + zero_point and inside meaning quant_min < p < quant_max::
+
+        y = (clamp(rint(v) + zero_point, quant_min, quant_max) - zero_point) * scale
+        dy/dx = 1 inside, else 0
+        dy/dscale = rint(v) - v inside, quant_min - zero_point below, quant_max - zero_point above
+        dy/dzero_point = 0 inside, else -scale
+
+    The last two are summed over all elements of a channel, in one pass with dy/dx, and multiplied by grad_scale.
+    Source: Esser et al., "Learned Step Size Quantization", 2020, eq. 1 to 3 and 5; the learned zero point after
+    Bhalgat et al., "LSQ+", 2020, with the offset counted in steps, so that 0 stays exact.
+
+    Args:
+        x: floating-point tensor, as in ``fake_quantize``. Only x itself is saved for the backward.
+        scale: positive float32 tensor, 1 element, or [channels] with ``axis``; receives a gradient.
+        quant_min, quant_max, axis, backend: as in ``fake_quantize``.
+        grad_scale: factor of the gradients of scale and zero point; None: 1 / sqrt(N * quant_max), N the number of
+            elements that share a scale (section 2.2).
+        zero_point: float32 tensor shaped like scale that is learned too; None: 0.
+
+    Returns:
+        A tensor like x. The sums are added in a fixed order: the same bits whatever the number of threads.
+
+    Raises:
+        TypeError, ValueError, IndexError: as ``fake_quantize``.
+
+    >>> x = torch.tensor([-0.9, 0.3, 0.8, 9.0], requires_grad=True)
+    >>> scale = torch.tensor(0.5, requires_grad=True)
+    >>> y = lsq(x, scale, quant_min=-2, quant_max=1, grad_scale=1.0)
+    >>> y.tolist()
+    [-1.0, 0.5, 0.5, 0.5]
+    >>> y.sum().backward()
+    >>> x.grad.tolist(), round(scale.grad.item(), 4)
+    ([1.0, 1.0, 0.0, 0.0], 2.2)
+    """
+    chosen = _resolve(x, backend)
+    if grad_scale is None:
+        grad_scale = reference.lsq_grad_scale(x, quant_max, check_axis(x, axis))
+    if chosen is Backend.NATIVE:
+        return _LSQ(x, scale, quant_min, quant_max, grad_scale, axis, zero_point)  # type: ignore[no-any-return]
+    axis = check_arguments(x, quant_min, quant_max, axis)
+    for value, name in ((scale, "scale"), (zero_point, "zero_point")):
+        if value is not None:
+            _check_parameter(value, x, axis, name)
+    _check_scale_on_host(scale)
+    if chosen is Backend.TRITON:
+        y: Tensor = _TritonLsq.apply(x, scale, zero_point, quant_min, quant_max, grad_scale, axis)  # type: ignore[no-untyped-call]
+        return y
+    return reference.lsq(x, scale, quant_min, quant_max, axis, grad_scale, zero_point)
+
+
+def check_bits(x: Tensor, bits: int) -> None:
+    """The checks of the DoReFa operators for the backends that have none of their own."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"DoReFa takes float32, float16 and bfloat16 tensors, got {x.dtype}; convert it with x.float()")
+    if not 1 <= bits <= 16:
+        raise ValueError(f"bits must lie in [1, 16], got {bits}")
+
+
+class _TritonDorefaWeight(torch.autograd.Function):
+    """DoReFa's weight transform on the Triton kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, bits: int) -> Tensor:
+        y: Tensor
+        y, largest = triton_twins.dorefa_weight_forward(w, bits)
+        ctx.bits = bits
+        ctx.save_for_backward(w, largest)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        w, largest = ctx.saved_tensors
+        return grads[0] if ctx.bits == 1 else triton_twins.dorefa_weight_backward(grads[0], w, largest), None
+
+
+def dorefa_weight(w: Tensor, bits: int, *, backend: Backend = Backend.AUTO) -> Tensor:
+    """DoReFa-Net's weights: tanh, scaled to [0, 1] by its maximum, rounded to bits, back to [-1, 1].
+
+    ::
+
+        bits > 1   y = 2 * q(tanh(w) / (2 * max|tanh(w)|) + 1/2) - 1,  q(z) = rint(z * n) / n,  n = 2^bits - 1
+        bits = 1   y = sign(w) * mean|w|, sign(0) = +1
+
+    The gradient passes the rounding and goes truly through tanh and the maximum, shared equally where several weights
+    attain it; with one bit it passes whole. Source: Zhou et al., "DoReFa-Net", 2016, section 2.3, eq. 9 and 7.
+
+    Args:
+        w: float32, float16 or bfloat16 tensor of any shape and strides. Only w itself is saved.
+        bits: 1 to 16.
+        backend: which kernels run, see ``Backend``.
+
+    Returns:
+        A tensor like w; its values are quantized in float32. An all-zero w has no gradient.
+
+    Raises:
+        TypeError: w has another dtype. ValueError: bits out of range.
+
+    >>> [round(v, 3) for v in dorefa_weight(torch.tensor([-1.0, -0.1, 0.4]), bits=2).tolist()]
+    [-1.0, -0.333, 0.333]
+    >>> dorefa_weight(torch.tensor([-1.0, 0.0, 0.5]), bits=1).tolist()
+    [-0.5, 0.5, 0.5]
+    """
+    chosen = _resolve(w, backend)
+    if chosen is Backend.NATIVE:
+        return _DOREFA_WEIGHT(w, bits)  # type: ignore[no-any-return]
+    check_bits(w, bits)
+    if chosen is Backend.TRITON:
+        y: Tensor = _TritonDorefaWeight.apply(w, bits)  # type: ignore[no-untyped-call]
+        return y
+    return reference.dorefa_weight(w, bits)
+
+
+def dorefa_activation(x: Tensor, bits: int, *, backend: Backend = Backend.AUTO) -> Tensor:
+    """DoReFa-Net's activations: clip to [0, 1] and round to bits.
+
+    y = rint(clip(x, 0, 1) * n) / n with n = 2^bits - 1; the gradient passes where 0 <= x <= 1 and costs one saved bit
+    an element. Source: Zhou et al. 2016, section 2.4.
+
+    Args:
+        x: float32, float16 or bfloat16 tensor of any shape and strides.
+        bits, backend: as in ``dorefa_weight``.
+
+    Raises:
+        TypeError: x has another dtype. ValueError: bits out of range.
+
+    >>> dorefa_activation(torch.tensor([-0.5, 0.3, 0.6, 2.0]), bits=1).tolist()
+    [0.0, 0.0, 1.0, 1.0]
+    """
+    chosen = _resolve(x, backend)
+    if chosen is Backend.NATIVE:
+        return _DOREFA_ACTIVATION(x, bits)  # type: ignore[no-any-return]
+    check_bits(x, bits)
+    if chosen is Backend.TRITON:
+        return _run_triton(triton_twins.dorefa_activation_forward, x, bits)
+    return reference.dorefa_activation(x, bits)
+
+
+class _DorefaGradient(torch.autograd.Function):
+    """The identity whose backward quantizes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int, seed: Tensor, backend: Backend) -> Tensor:
+        ctx.bits, ctx.backend = bits, backend
+        ctx.save_for_backward(seed)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (seed,) = ctx.saved_tensors
+        return quantize_gradient(grads[0], ctx.bits, seed, backend=ctx.backend), None, None, None
+
+
+def quantize_gradient(grad: Tensor, bits: int, seed: Tensor, *, backend: Backend = Backend.AUTO) -> Tensor:
+    """What the backward of ``dorefa_gradient`` does to a gradient; seed is a 1-element int64 tensor beside it.
+
+    >>> quantize_gradient(torch.tensor([-1.0, 0.0, 1.0]), 8, torch.tensor(3)).abs().max().item() <= 1.0
+    True
+    """
+    chosen = _resolve(grad, backend)
+    if chosen is Backend.NATIVE:
+        return _DOREFA_GRADIENT(grad, bits, seed)  # type: ignore[no-any-return]
+    check_bits(grad, bits)
+    ops.check_device(seed, grad, "seed")
+    if chosen is Backend.TRITON:
+        quantized: Tensor = triton_twins.dorefa_gradient(grad, bits, seed)
+        return quantized
+    return reference.dorefa_gradient(grad, bits, int(seed.item()))
+
+
+def dorefa_gradient(
+    x: Tensor, bits: int, seed: Tensor | int | None = None, *, backend: Backend = Backend.AUTO
+) -> Tensor:
+    """x itself; its gradient comes back quantized to bits, with random rounding.
+
+    For every sample (first axis) with M = max|g| over its other axes::
+
+        g' = 2 M (q(g / (2 M) + 1/2 + noise) - 1/2),   noise uniform in [-1/2, 1/2) / n,   n = 2^bits - 1
+
+    g' is 0 where M is 0; a sample whose M is not finite passes unchanged, so that loss scaling can see it. The noise
+    is word i of the stream Philox4x32-10(seed) for element i in memory order: the same bits on every backend. Source:
+    Zhou et al. 2016, section 2.5, eq. 12; Salmon et al. 2011 for Philox.
+
+    Args:
+        x: float32, float16 or bfloat16 tensor of any shape and strides.
+        bits: 1 to 16.
+        seed: an integer, or a 1-element int64 tensor on x's device; None draws one from torch's generator.
+        backend: as in ``dorefa_weight``.
+
+    Raises:
+        TypeError: x has another dtype. ValueError: bits out of range, seed on another device.
+
+    >>> x = torch.tensor([0.2, 0.7], requires_grad=True)
+    >>> dorefa_gradient(x, bits=8, seed=1).sum().backward()
+    >>> bool(((x.grad - 1).abs() <= 2 / 255).all())
+    True
+    """
+    check_bits(x, bits)
+    if seed is None:
+        seed = torch.randint(1 << 62, (), device=x.device)
+    elif isinstance(seed, int):
+        seed = torch.tensor(seed, device=x.device)
+    y: Tensor = _DorefaGradient.apply(x, bits, seed, backend)  # type: ignore[no-untyped-call]
+    return y

@@ -126,3 +126,63 @@ def _backward(grad: Tensor, mask: Tensor, strides: list[int]) -> Tensor:
 
 
 torch.library.register_fake("quantkern::fake_quantize_backward", _backward)
+
+
+def _lsq(
+    x: Tensor,
+    scale: Tensor,
+    quant_min: int,
+    quant_max: int,
+    grad_scale: float,
+    axis: _MaybeAxis = None,
+    zero_point: _MaybeTensor = None,
+) -> Tensor:
+    return _lsq_forward(x, scale, quant_min, quant_max, axis, zero_point)
+
+
+def _lsq_forward(
+    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, axis: _MaybeAxis, zero_point: _MaybeTensor
+) -> Tensor:
+    return _shapes_of(x, False, scale=scale, zero_point=zero_point)[0]
+
+
+def _lsq_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    quant_min: int,
+    quant_max: int,
+    grad_scale: float,
+    axis: _MaybeAxis,
+    zero_point: _MaybeTensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, _ = _shapes_of(x, False, grad=grad, scale=scale, zero_point=zero_point)
+    dzero = scale.new_empty([0]) if zero_point is None else scale.new_empty(zero_point.shape)
+    return dx, scale.new_empty(scale.shape), dzero
+
+
+torch.library.register_fake("quantkern::lsq", _lsq)
+torch.library.register_fake("quantkern::lsq_forward", _lsq_forward)
+torch.library.register_fake("quantkern::lsq_backward", _lsq_backward)
+
+
+def _dorefa_weight_forward(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty([], dtype=torch.float32)
+
+
+def _dorefa_weight_backward(grad: Tensor, x: Tensor, largest: Tensor) -> Tensor:
+    return _shapes_of(x, False, grad=grad, largest=largest)[0]
+
+
+def _dorefa_activation(x: Tensor, bits: int, with_mask: bool = False) -> tuple[Tensor, Tensor]:
+    return _shapes_of(x, with_mask)
+
+
+def _dorefa_gradient(grad: Tensor, bits: int, seed: Tensor) -> Tensor:
+    return _shapes_of(grad, False, seed=seed)[0]
+
+
+_register("dorefa_activation", "", _dorefa_activation)
+_register("dorefa_weight", "", _dorefa_weight_forward)
+torch.library.register_fake("quantkern::dorefa_weight_backward", _dorefa_weight_backward)
+torch.library.register_fake("quantkern::dorefa_gradient", _dorefa_gradient)

@@ -5,11 +5,13 @@ Nothing here is fast. The kernels are tested against this page, the benchmarks c
 float64 ``scale`` everything is float64, which makes these functions the oracle of the kernels.
 
 Sources: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-Inference", 2018 (eq. 1, sections 3 and 3.1); NNI 2.10's QAT_Quantizer for the scale and zero point conventions.
+Inference", 2018 (eq. 1, sections 3 and 3.1); NNI 2.10's QAT_Quantizer for the scale and zero point conventions; Esser
+et al., "Learned Step Size Quantization", 2020; Zhou et al., "DoReFa-Net", 2016.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -173,3 +175,171 @@ def fake_quantize_activation(
     active = (running_min <= running_max).all() & quantizing
     y, in_range = torch.where(active, y, x), in_range | ~active
     return straight_through(x, y, in_range), running_min, running_max, scale, zero_point
+
+
+def lsq_positions(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x in steps, the same on the quantized axis before rounding, and scale and zero point shaped like x."""
+    step = along_axis(scale, x, axis)
+    offset = torch.zeros_like(step) if zero_point is None else along_axis(zero_point, x, axis).to(step.dtype)
+    inverse = 1.0 / step
+    usable = (step > 0) & torch.isfinite(step) & torch.isfinite(inverse)
+    v = x.to(torch.promote_types(x.dtype, step.dtype)) * torch.where(usable, inverse, torch.nan)
+    return v, v + offset, step, offset
+
+
+class Lsq(torch.autograd.Function):
+    """Esser et al. 2020, eq. 1 to 3 and 5, with a zero point that is learned too where it is given."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        quant_min: int,
+        quant_max: int,
+        axis: int | None,
+        grad_scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.settings = (quant_min, quant_max, axis, grad_scale)
+        zeros = torch.zeros_like(scale) if zero_point is None else zero_point
+        return quantize(x, scale, zeros, quant_min, quant_max, axis)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        x, scale, zero_point = ctx.saved_tensors
+        low, high, axis, grad_scale = ctx.settings
+        v, position, step, offset = lsq_positions(x, scale, zero_point, axis)
+        grad = grads[0].to(v.dtype)
+        below, above = ~(position > low), position >= high
+        inside = ~(below | above)
+        by_scale = torch.where(inside, torch.round(v) - v, torch.where(below, low - offset, high - offset)) * grad
+        by_zero_point = torch.where(inside, 0.0, -step) * grad
+        sums = [
+            (part.double().sum() if axis is None else part.double().movedim(axis, 0).flatten(1).sum(1)) * grad_scale
+            for part in (by_scale, by_zero_point)
+        ]
+        dx = torch.where(inside, grads[0], torch.zeros_like(grads[0]))
+        dscale = sums[0].reshape(scale.shape).to(scale.dtype)
+        dzero = None if zero_point is None else sums[1].reshape(zero_point.shape).to(zero_point.dtype)
+        return dx, dscale, dzero, None, None, None, None
+
+
+def lsq_grad_scale(x: Tensor, quant_max: int, axis: int | None = None) -> float:
+    """1 / sqrt(N * quant_max), N the number of elements that share a scale (Esser et al. 2020, section 2.2)."""
+    count = x.numel() if axis is None else x.numel() // max(1, x.shape[axis])
+    return 1.0 / math.sqrt(max(1, count) * max(1, quant_max))
+
+
+def lsq(
+    x: Tensor,
+    scale: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    grad_scale: float | None = None,
+    zero_point: Tensor | None = None,
+) -> Tensor:
+    """Fake-quantize x with a scale (and a zero point) that are learned.
+
+    With v = x / scale and p = v + zero_point, inside means quant_min < p < quant_max. The gradient of x passes
+    inside; that of the scale is rint(v) - v inside, quant_min - zero_point below, quant_max - zero_point above; that
+    of the zero point is -scale outside. Both sums are multiplied by grad_scale. NaN counts as below.
+    """
+    if grad_scale is None:
+        grad_scale = lsq_grad_scale(x, quant_max, axis)
+    y: Tensor = Lsq.apply(x, scale, zero_point, quant_min, quant_max, axis, grad_scale)  # type: ignore[no-untyped-call]
+    return y
+
+
+class DorefaWeight(torch.autograd.Function):
+    """Zhou et al. 2016, eq. 9: straight through the rounding only; tanh and the maximum have their true gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, bits: int) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(w)
+        ctx.bits = bits
+        wide = w if w.dtype is torch.float64 else w.float()
+        if bits == 1:
+            mean = wide.abs().double().mean().to(wide.dtype)
+            return torch.where(wide >= 0, mean, torch.where(wide < 0, -mean, wide)).to(w.dtype)
+        t, steps = torch.tanh(wide), float(2**bits - 1)
+        largest = t.abs().nan_to_num(0.0).amax().clamp(min=SMALLEST_SCALE)
+        return (2 * (torch.round((t / (2 * largest) + 0.5) * steps) / steps) - 1).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        (w,) = ctx.saved_tensors
+        if ctx.bits == 1:
+            return grads[0], None
+        grad, wide = (v if v.dtype is torch.float64 else v.float() for v in (grads[0], w))
+        t = torch.tanh(wide)
+        magnitude = t.abs().nan_to_num(0.0)
+        largest = magnitude.amax()
+        if largest == 0:
+            return torch.zeros_like(grads[0]), None
+        at_largest = magnitude == largest
+        through_largest = (grad * t).double().sum().to(t.dtype) / (largest * largest) / at_largest.sum()
+        dt = grad / largest - torch.where(at_largest, torch.sign(t) * through_largest, torch.zeros_like(t))
+        return (dt * (1 - t * t)).to(grads[0].dtype), None
+
+
+def dorefa_weight(w: Tensor, bits: int) -> Tensor:
+    """DoReFa-Net's weights, in [-1, 1] (Zhou et al. 2016, section 2.3).
+
+    bits > 1: 2 * q(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1 with q(z) = rint(z * n) / n, n = 2^bits - 1; the gradient
+    passes the rounding and goes truly through tanh and the maximum (shared equally where several weights attain it;
+    none for an all-zero tensor). bits = 1: sign(w) * mean|w| with sign(0) = +1, and the gradient passes.
+    """
+    y: Tensor = DorefaWeight.apply(w, bits)  # type: ignore[no-untyped-call]
+    return y
+
+
+def dorefa_activation(x: Tensor, bits: int) -> Tensor:
+    """q(clip(x, 0, 1)) with q as in ``dorefa_weight``; the gradient passes where 0 <= x <= 1 (section 2.4)."""
+    wide, steps = (x.detach() if x.dtype is torch.float64 else x.detach().float()), float(2**bits - 1)
+    y = torch.round(wide.clamp(0, 1) * steps) / steps
+    return straight_through(x, y.to(x.dtype), (wide >= 0) & (wide <= 1))
+
+
+def philox(seed: int, count: int) -> Tensor:
+    """``count`` 32-bit words of Philox4x32-10 (Salmon et al. 2011) as int64: word i of block i // 4 under ``seed``."""
+    low32 = 0xFFFFFFFF
+    block = torch.arange((count + 3) // 4, dtype=torch.int64)
+    words = [block & low32, block >> 32, torch.zeros_like(block), torch.zeros_like(block)]
+    keys = [seed & low32, (seed >> 32) & low32]
+    for _ in range(10):
+        halves = []
+        for word, factor in ((words[0], 0xD2511F53), (words[2], 0xCD9E8D57)):
+            # A 64-bit product in two parts, since int64 has no room for its sign bit.
+            part = (word & 0xFFFF) * factor
+            upper = (word >> 16) * factor + (part >> 16)
+            halves += [upper >> 16, ((upper & 0xFFFF) << 16) | (part & 0xFFFF)]
+        words = [halves[2] ^ words[1] ^ keys[0], halves[3], halves[0] ^ words[3] ^ keys[1], halves[1]]
+        keys = [(keys[0] + 0x9E3779B9) & low32, (keys[1] + 0xBB67AE85) & low32]
+    return torch.stack(words, 1).reshape(-1)[:count]
+
+
+def dorefa_gradient(grad: Tensor, bits: int, seed: int) -> Tensor:
+    """2 M (q(g / (2 M) + 1/2 + noise) - 1/2), M the largest |g| of each sample (first axis), 0 where M is 0.
+
+    noise is uniform in [-1/2, 1/2) / n, word i of ``philox(seed)`` for element i in memory order; q is clamped to
+    [0, 1]. A sample whose M is not finite comes back unchanged, so that loss scaling sees it (section 2.5, eq. 12).
+    """
+    dense = grad if grad.is_contiguous() else torch.empty_like(grad).copy_(grad)
+    in_memory = dense.as_strided((dense.numel(),), (1,))
+    uniform = (philox(seed, grad.numel()) >> 8).to(torch.float32) * 2.0**-24 - 0.5
+    noise = torch.empty_like(dense, dtype=torch.float32)
+    noise.as_strided((in_memory.numel(),), (1,)).copy_(uniform)
+    steps = float(2**bits - 1)
+    wide = grad if grad.dtype is torch.float64 else grad.float()
+    rows = wide.reshape(wide.shape[0], -1) if wide.dim() > 1 else wide.reshape(1, -1)
+    largest = torch.where(rows.isnan(), 0, rows.abs()).amax(1) if rows.numel() else rows.new_zeros(rows.shape[0])
+    shape = [-1] + [1] * (grad.dim() - 1) if grad.dim() > 1 else [1] * grad.dim()
+    width = (2 * largest).reshape(shape)
+    q = torch.round((wide / width + 0.5) * steps + noise.to(wide.dtype)).clamp(0, steps)
+    y = torch.where(width > 0, (q / steps - 0.5) * width, torch.zeros_like(wide))
+    return torch.where(torch.isfinite(width), y, wide).to(grad.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_cuda_emulation import DTYPES, VIEWS, WEIGHT_VIEWS, axis_of, fresh_state, make_input, same
+from test_cuda_emulation_learned import LSQ_VIEWS, check_lsq_gradients
 from torch import Tensor
 
 from quantkern import ops, reference  # noqa: F401  (ops registers torch.ops.quantkern)
@@ -93,6 +94,82 @@ def check_activation(view: tuple[int, int, int], dtype: torch.dtype, offset: int
             same(actual.cpu(), value)
 
 
+def check_lsq(view: tuple[int, int, int], dtype: torch.dtype, offset: int) -> None:
+    x, grad = make_input(view, dtype), torch.randn(view).to(dtype)
+    axis = axis_of(x)
+    scale = torch.linspace(0.05, 0.4, view[1])
+    for limits, zero_point in (((-8, 7), None), ((0, 15), torch.linspace(-3.0, 9.5, view[1]))):
+        zero = None if zero_point is None else zero_point.cuda()
+        y = OPS.lsq_forward(on_device(x, offset), scale.cuda(), *limits, axis, zero)
+        same(y.cpu(), reference.lsq(x, scale, *limits, axis, 1.0, zero_point))
+        arguments = on_device(grad, offset), on_device(x, offset), scale.cuda(), *limits, 0.37, axis, zero
+        first, second = OPS.lsq_backward(*arguments), OPS.lsq_backward(*arguments)
+        for value, again in zip(first, second, strict=True):
+            same(value, again)
+        check_lsq_gradients(tuple(value.cpu() for value in first), grad, x, scale, zero_point, limits, 0.37)
+
+
+def check_dorefa(x: Tensor, offset: int) -> None:
+    """The CPU's results bit for bit, but for one bit's mean and for what goes through the maximum."""
+    dtype, device_x = x.dtype, on_device(x, offset)
+    seed = torch.tensor(1 << 40)
+    for bits in (1, 2, 8):
+        y, mask = OPS.dorefa_activation_forward(device_x, bits, True)
+        expected, passes = OPS.dorefa_activation_forward(x, bits, True)
+        same(y.cpu(), expected)
+        assert torch.equal(mask.cpu(), passes)
+        same(OPS.dorefa_gradient(device_x, bits, seed.cuda()).cpu(), OPS.dorefa_gradient(x, bits, seed))
+        y, largest = OPS.dorefa_weight_forward(device_x, bits)
+        expected, wanted = OPS.dorefa_weight_forward(x, bits)
+        rtol = 0.0 if bits > 1 else max(1e-6, torch.finfo(dtype).eps)
+        torch.testing.assert_close(largest.cpu(), wanted, rtol=rtol, atol=0, equal_nan=True)
+        torch.testing.assert_close(y.cpu(), expected, rtol=rtol, atol=0, equal_nan=True)
+    grad = torch.randn(x.shape).to(dtype)
+    dw = OPS.dorefa_weight_backward(on_device(grad, offset), device_x, largest).cpu()
+    expected = OPS.dorefa_weight_backward(grad, x, wanted)
+    elsewhere = x.float().abs() != wanted
+    same(dw[elsewhere], expected[elsewhere])
+    size = float((grad.float() * x.float().tanh()).abs().nan_to_num(0.0).sum() / wanted.tanh() ** 2)
+    rtol = max(1e-5, 2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(dw[~elsewhere], expected[~elsewhere], rtol=rtol, atol=size * 1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", [*LSQ_VIEWS, (32, 64, 3136), (25088, 64, 1), (1, 1, 6_422_529)], ids=str)
+def test_lsq_and_dorefa(view: tuple[int, int, int], dtype: torch.dtype, offset: int) -> None:
+    check_lsq(view, dtype, offset)
+    check_dorefa(make_input(view, dtype, special=False), offset)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced"])
+def test_lsq_and_dorefa_in_other_layouts(layout: str) -> None:
+    """Any strides give the CPU's numbers and strides; the gradient may lie in another order than x."""
+    base = torch.randn(6, 5, 7, 14)
+    x = base[..., ::2] if layout == "sliced" else base.to(memory_format=torch.channels_last)
+    grad, scale, seed = torch.randn(x.shape), torch.linspace(0.05, 0.4, 5), torch.tensor(3)
+    device_x = base.cuda()[..., ::2] if layout == "sliced" else x.cuda()
+    assert device_x.stride() == x.stride()
+    actual = OPS.lsq_backward(grad.cuda(), device_x, scale.cuda(), -8, 7, 0.5, 1, None)
+    expected = OPS.lsq_backward(grad, x, scale, -8, 7, 0.5, 1, None)
+    same(actual[0].cpu(), expected[0])
+    torch.testing.assert_close(actual[1].cpu(), expected[1], rtol=1e-5, atol=1e-4)
+    pairs = [
+        (OPS.lsq_forward(device_x, scale.cuda(), -8, 7, 1, None), OPS.lsq_forward(x, scale, -8, 7, 1, None)),
+        (OPS.dorefa_gradient(device_x, 4, seed.cuda()), OPS.dorefa_gradient(x, 4, seed)),
+        (OPS.dorefa_activation_forward(device_x, 4, False)[0], OPS.dorefa_activation_forward(x, 4, False)[0]),
+        (OPS.dorefa_weight_forward(device_x, 4)[0], OPS.dorefa_weight_forward(x, 4)[0]),
+    ]
+    for value, wanted in pairs:
+        same(value.cpu(), wanted)
+        assert value.stride() == wanted.stride()
+    largest = x.abs().max()
+    torch.testing.assert_close(
+        OPS.dorefa_weight_backward(grad.cuda(), device_x, largest.cuda()).cpu(),
+        OPS.dorefa_weight_backward(grad, x, largest), rtol=1e-5, atol=1e-3,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("view", [*VIEWS, (32, 64, 3136), (1, 1, 6_422_529)], ids=str)
@@ -115,6 +192,8 @@ def test_smallest_cases(dtype: torch.dtype) -> None:
         check_fake_quantize(view, dtype, 1)
         check_activation(view, dtype, 0)
         check_weight(view, dtype, 0)
+        check_lsq(view, dtype, 0)
+        check_dorefa(make_input(view, dtype, special=False), 1)
     for inner in (768, 4104, 8200):
         check_weight((1, 2, inner), dtype, 0)
 
@@ -160,6 +239,41 @@ def test_no_host_synchronisation_and_graph_capture() -> None:
         same(w.cpu(), reference.fake_quantize_weight(host, -128, 127, False, 1, quantizing=batch >= 2)[0])
         for actual, value in zip(state, expected, strict=True):
             same(actual.cpu(), value)
+
+
+def test_lsq_and_dorefa_in_a_graph() -> None:
+    """No host synchronisation; captured once and replayed on new data, scales and seeds."""
+    x, grad = torch.randn(4, 6, 40, device="cuda"), torch.randn(4, 6, 40, device="cuda")
+    scale, seed = torch.full((6,), 0.1, device="cuda"), torch.tensor(5, device="cuda")
+
+    def work() -> tuple[Tensor, ...]:
+        w, largest = OPS.dorefa_weight_forward(x, 4)
+        return (
+            OPS.lsq_forward(x, scale, -8, 7, 1, None),
+            *OPS.lsq_backward(grad, x, scale, -8, 7, 0.5, 1, None)[:2],
+            OPS.dorefa_activation_forward(x, 4, True)[0],
+            w,
+            OPS.dorefa_weight_backward(grad, x, largest),
+            OPS.dorefa_gradient(grad, 4, seed),
+        )
+
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = work()
+    for batch in range(3):
+        x.copy_(torch.randn(4, 6, 40) * (1 + batch))
+        scale.fill_(0.05 + 0.1 * batch)
+        seed.fill_(batch)
+        graph.replay()
+        replayed = [value.clone() for value in outputs]
+        for value, wanted in zip(replayed, work(), strict=True):
+            same(value, wanted)
 
 
 def test_more_than_2_to_31_elements() -> None:

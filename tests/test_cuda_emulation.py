@@ -81,10 +81,13 @@ def same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The emulated kernels."""
-    target = tmp_path_factory.mktemp("cuda_emulation") / "emulated.so"
+# Other modules import these two: the names of the functions differ from those the tests ask for.
+@pytest.fixture(scope="session", name="library")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The emulated kernels, compiled once a run."""
+    target = tmp_path_factory.getbasetemp() / "cuda_emulation.so"
+    if target.exists():
+        return ctypes.CDLL(str(target))
     flags = ["-O1", "-g0", "-std=c++17", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
     # A misaligned 16-byte access, which a GPU would refuse, ends the test run here with a message too.
     checks = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow,null", "-fno-sanitize-recover=all"]
@@ -95,8 +98,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
-@pytest.fixture(params=[1, 132], ids=["1-multiprocessor", "132-multiprocessors"])
-def kernels(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
+@pytest.fixture(params=[1, 132], ids=["1-multiprocessor", "132-multiprocessors"], name="kernels")
+def emulated_kernels(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
     """Few blocks that stride far, or as many as there is work for."""
     library.set_multiprocessors(request.param)
     threads = torch.get_num_threads()

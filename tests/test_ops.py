@@ -7,13 +7,20 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from op_specs import DTYPES, SPECS, Bad, OpSpec, Sample, make_x
+from op_specs import SPECS, Bad, OpSpec, Sample, make_x
 from torch import Tensor
 
 from quantkern import _C, Backend
 from quantkern import functional as F
 
 SAMPLES = [pytest.param(sample, id=f"{spec.name}-{sample.name}") for spec in SPECS for sample in spec.samples]
+CASES = [
+    pytest.param(sample, dtype, id=f"{spec.name}-{sample.name}-{dtype}")
+    for spec in SPECS
+    for sample in spec.samples
+    for dtype in spec.dtypes
+]
+CASES_WITHOUT_DOUBLE = [case for case in CASES if case.values[1] is not torch.float64]
 BY_SPEC = [pytest.param(spec, id=spec.name) for spec in SPECS]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -24,6 +31,20 @@ def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
         torch.testing.assert_close(one.cpu(), other.cpu(), rtol=0, atol=0, equal_nan=True)
+
+
+def assert_matches(sample: Sample, got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """As equal to the reference as the sample promises: results first, the gradient of x last."""
+    if sample.step is None:
+        assert_same(got, expected)
+        return
+    assert got[0].dtype == expected[0].dtype
+    off = (got[0].float() - expected[0].float()).abs().cpu()
+    eps = torch.finfo(got[0].dtype).eps
+    assert bool((off <= sample.step * 1.01 + 2 * eps).all())
+    assert int((off > 2 * eps).sum()) <= 1 + off.numel() // 1000
+    same = {"rtol": 8 * eps, "atol": 8 * eps, "equal_nan": True}
+    torch.testing.assert_close(got[-1].cpu(), expected[-1].cpu(), **same)
 
 
 def with_gradient(sample: Sample, x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
@@ -51,36 +72,36 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_cpu_capability(before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize(("sample", "dtype"), CASES)
 def test_results_and_gradients_equal_the_reference(sample: Sample, dtype: torch.dtype, capability: str) -> None:
     x = sample_x(sample, dtype)
-    assert_same(with_gradient(sample, x, Backend.NATIVE), with_gradient(sample, x, Backend.REFERENCE))
+    assert_matches(sample, with_gradient(sample, x, Backend.NATIVE), with_gradient(sample, x, Backend.REFERENCE))
 
 
 @CUDA
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("sample", SAMPLES)
-def test_cuda_equals_the_reference(sample: Sample, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("sample", "dtype"), CASES_WITHOUT_DOUBLE)
+def test_cuda_equals_the_cpu(sample: Sample, dtype: torch.dtype) -> None:
     x = sample_x(sample, dtype)
-    assert_same(with_gradient(sample, x.cuda(), Backend.NATIVE), with_gradient(sample, x, Backend.REFERENCE))
+    assert_same(with_gradient(sample, x.cuda(), Backend.NATIVE), with_gradient(sample, x, Backend.NATIVE))
 
 
 TRITON_DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 
 
 @pytest.mark.parametrize("device", TRITON_DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("sample", SAMPLES)
-def test_triton_equals_the_reference(sample: Sample, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize(("sample", "dtype"), CASES_WITHOUT_DOUBLE)
+def test_triton_equals_the_cpu(sample: Sample, dtype: torch.dtype, device: str) -> None:
     from quantkern import triton
 
     runs, why = triton.available(device)
     if not runs:
         pytest.skip(f"Triton does not run on {device} here: {why}")
     x = sample_x(sample, dtype)
-    assert_same(with_gradient(sample, x.to(device), Backend.TRITON), with_gradient(sample, x, Backend.REFERENCE))
+    assert_same(with_gradient(sample, x.to(device), Backend.TRITON), with_gradient(sample, x, Backend.NATIVE))
 
+
+IDENTITIES = [sample for spec in SPECS if spec.name == "dorefa_gradient" for sample in spec.samples]
+"""Operations that return x itself."""
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "permuted": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
@@ -95,10 +116,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_any_strides(sample: Sample, layout: str) -> None:
     x = LAYOUTS[layout](sample_x(sample, torch.float32))
-    got = sample.run(x, Backend.NATIVE)
-    assert got[0].stride() == torch.empty_like(x).stride()
-    assert_same(got, sample.run(x.contiguous(), Backend.REFERENCE))
-    assert_same(with_gradient(sample, x, Backend.NATIVE), with_gradient(sample, x.contiguous(), Backend.REFERENCE))
+    if sample not in IDENTITIES:
+        assert sample.run(x, Backend.NATIVE)[0].stride() == torch.empty_like(x).stride()
+    expected = with_gradient(sample, x.contiguous(), Backend.REFERENCE)
+    assert_matches(sample, with_gradient(sample, x, Backend.NATIVE), expected)
 
 
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if len(s.values[0].shape) == 4])
@@ -106,7 +127,7 @@ def test_channels_last(sample: Sample) -> None:
     x = sample_x(sample, torch.float32).to(memory_format=torch.channels_last)
     got = with_gradient(sample, x, Backend.NATIVE)
     assert got[0].is_contiguous(memory_format=torch.channels_last)
-    assert_same(got, with_gradient(sample, x.contiguous(), Backend.REFERENCE))
+    assert_matches(sample, got, with_gradient(sample, x.contiguous(), Backend.REFERENCE))
 
 
 @pytest.mark.parametrize("spec", BY_SPEC)
@@ -154,7 +175,7 @@ def test_compile_equals_eager(sample: Sample) -> None:
 def test_inductor_equals_eager(spec: OpSpec) -> None:
     """One sample an operation through the whole compiler, backward included, and without a gradient."""
     torch._dynamo.reset()
-    sample = next(s for s in spec.samples if s.name in ("number", "rows", "channels"))
+    sample = next((s for s in spec.samples if s.name in ("number", "rows", "channels")), spec.samples[0])
     compiled = torch.compile(lambda x: sample.run(x, Backend.AUTO), fullgraph=True)
     x = sample_x(sample, torch.float32).nan_to_num(0.0, 2.0, -2.0)
     leaf = x.clone().requires_grad_()

@@ -1,32 +1,15 @@
 #include "straight_through.h"
 
-#include <torch/csrc/autograd/function.h>
+#include "node.h"
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
-#include <memory>
 #include <optional>
-#include <type_traits>
-
-// Up to some torch 2.12 nodes are held by shared_ptr with this deleter, later ones by intrusive_ptr. Declared here so
-// that one source serves both; where torch has no such function nothing refers to it.
-namespace torch::autograd {
-void deleteNode(Node* function);
-}
 
 namespace quantkern {
 namespace {
 
 using torch::autograd::variable_list;
-using NodePtr = decltype(torch::autograd::Edge::function);
-
-template <class N, class Ptr = NodePtr>
-auto make_node() {
-  if constexpr (std::is_same_v<Ptr, std::shared_ptr<torch::autograd::Node>>)
-    return std::shared_ptr<N>(new N(), torch::autograd::deleteNode);
-  else
-    return c10::make_intrusive<N>();
-}
 
 at::Tensor call_backward(const at::Tensor& grad, const at::Tensor& mask, c10::SymIntArrayRef strides) {
   static const auto op = c10::Dispatcher::singleton()

@@ -82,6 +82,37 @@ inline void check_state(const at::Tensor& value, const at::Tensor& x, std::optio
                     value.strides());
 }
 
+inline void check_gradient(const at::Tensor& grad, const at::Tensor& x) {
+  check_dtype(grad, x.scalar_type(), "grad");
+  TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), "grad must have the shape of x, ", x.sizes(), ", got ", grad.sizes());
+  TORCH_CHECK_VALUE(grad.device() == x.device(), "grad is on ", grad.device(), ", x on ", x.device());
+}
+
+// Everything of lsq but the step; returns the axis counted from the front, or nothing.
+inline std::optional<int64_t> check_lsq(const at::Tensor& x, const at::Tensor& scale, int64_t quant_min,
+                                        int64_t quant_max, std::optional<int64_t> axis,
+                                        const std::optional<at::Tensor>& zero_point) {
+  check_input(x);
+  check_quant_range(quant_min, quant_max);
+  axis = check_axis(x, axis);
+  check_dtype(scale, at::kFloat, "scale");
+  check_parameter(scale, x, axis, "scale");
+  if (!zero_point.has_value()) return axis;
+  check_dtype(*zero_point, at::kFloat, "zero_point");
+  check_parameter(*zero_point, x, axis, "zero_point");
+  return axis;
+}
+
+inline void check_dorefa(const at::Tensor& x, int64_t bits) {
+  check_input(x);
+  TORCH_CHECK_TYPE(x.scalar_type() != at::kDouble, "DoReFa's kernels take float32, float16 and bfloat16, got float64; ",
+                   "convert it with x.float()");
+  TORCH_CHECK_VALUE(1 <= bits && bits <= 16, "bits must lie in [1, 16], got ", bits);
+}
+
+// n of q(z) = rint(z * n) / n
+inline float dorefa_steps(int64_t bits) { return static_cast<float>((int64_t{1} << bits) - 1); }
+
 inline void check_mask(const at::Tensor& grad, const at::Tensor& mask) {
   check_dtype(mask, at::kByte, "mask");
   TORCH_CHECK_VALUE(mask.is_contiguous() && mask.numel() == (grad.numel() + 7) / 8, "mask must hold ",

@@ -46,6 +46,14 @@ inline DenseInOut dense_in_out(const at::Tensor& x) {
   return {out, out};
 }
 
+// grad with the strides of a dense tensor of its shape.
+inline at::Tensor in_layout_of(const at::Tensor& grad, const at::Tensor& dense) {
+  if (grad.strides() == dense.strides()) return grad;
+  const at::Tensor moved = new_strided(grad.sizes(), dense.strides(), grad);
+  moved.copy_(grad);
+  return moved;
+}
+
 inline at::Tensor new_mask(const at::Tensor& x, bool with_mask) {
   const int64_t bytes = with_mask ? (x.numel() + 7) / 8 : 0;
   if (x.is_cpu()) return at::detail::empty_cpu({bytes}, at::kByte);

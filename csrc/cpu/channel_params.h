@@ -15,9 +15,10 @@ constexpr int64_t kLongestPeriod = int64_t{1} << 22;
 
 class PreparedParams {
  public:
-  PreparedParams(const Layout& layout, int64_t quant_min, int64_t quant_max)
+  PreparedParams(const Layout& layout, int64_t quant_min, int64_t quant_max, bool as_columns = true)
       : channels_(layout.channels),
-        repeat_(layout.channels > 1 && layout.inner < kShortRow && layout.channels * layout.inner <= kLongestPeriod
+        repeat_(as_columns && layout.channels > 1 && layout.inner < kShortRow &&
+                        layout.channels * layout.inner <= kLongestPeriod
                     ? layout.inner
                     : 0),
         period_(repeat_ ? channels_ * repeat_ : channels_),
@@ -52,9 +53,10 @@ class PreparedParams {
 
   const ChannelParams& view() const { return view_; }
 
- private:
+  // Whether the parameters stand element by element, as short rows have them.
   bool is_columns() const { return repeat_ > 0; }
 
+ private:
   static constexpr int64_t kFew = 64;
   int64_t channels_, repeat_, period_, size_;
   float few_[kFew];

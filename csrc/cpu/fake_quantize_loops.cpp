@@ -6,18 +6,6 @@
 
 namespace quantkern::cpu {
 
-const FakeQuantizeLoops& fake_quantize_loops() {
-#if defined(__x86_64__)
-  switch (current_isa()) {
-    case Isa::kAvx512:
-      return avx512::fake_quantize_loops;
-    case Isa::kAvx2:
-      return avx2::fake_quantize_loops;
-    case Isa::kBaseline:
-      break;
-  }
-#endif
-  return baseline::fake_quantize_loops;
-}
+const FakeQuantizeLoops& fake_quantize_loops() { return QK_PICK_ISA(fake_quantize_loops); }
 
 }  // namespace quantkern::cpu

@@ -6,15 +6,6 @@
 //   numerics  float32 lanes (float64 for float64); groups that cross a channel's end take their parameters lane
 //             by lane, so every element is computed by the same expression wherever it lies
 
-template <class T>
-struct VecOf {
-  using type = FloatVec;
-};
-template <>
-struct VecOf<double> {
-  using type = Lanes<double>;
-};
-
 template <class V>
 QK_LANE Affine<V> load_params(const float* inverse, const float* scale, const float* zero_point) {
   Affine<V> p;

@@ -20,6 +20,8 @@ QK_HOST_DEVICE uint32_t bits_of_float(float f) {
   return bits;
 }
 
+QK_HOST_DEVICE float to_float(float x) { return x; }
+
 QK_HOST_DEVICE float to_float(BFloat16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
 
 QK_HOST_DEVICE BFloat16 to_bfloat16(float f) {

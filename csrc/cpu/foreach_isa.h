@@ -10,6 +10,7 @@
 #include "../numerics/dtype.h"
 #include "../numerics/ranges.h"
 #include "float_bits.h"
+#include "stream_fence.h"
 
 #ifndef QK_LOOPS
 #error "define QK_LOOPS as the file with the loops"
@@ -17,19 +18,13 @@
 
 #define QK_LANE static inline __attribute__((always_inline))
 
-namespace quantkern::cpu {
-// Orders streamed stores before whatever the thread does next.
-inline void stream_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-}  // namespace quantkern::cpu
-
 namespace quantkern::cpu::baseline {
 #include "vec_generic.h"
 #include "../numerics/affine_lane.h"
+#include "../numerics/lsq_lane.h"
+#include "../numerics/dorefa_lane.h"
 using FloatVec = Lanes<float>;
+#include "vec_of.h"
 #include QK_LOOPS
 }  // namespace quantkern::cpu::baseline
 
@@ -40,7 +35,10 @@ namespace quantkern::cpu::avx2 {
 #include "vec_generic.h"
 #include "vec_avx2.h"
 #include "../numerics/affine_lane.h"
+#include "../numerics/lsq_lane.h"
+#include "../numerics/dorefa_lane.h"
 using FloatVec = Vec8;
+#include "vec_of.h"
 #include QK_LOOPS
 }  // namespace quantkern::cpu::avx2
 #pragma GCC pop_options
@@ -51,7 +49,10 @@ namespace quantkern::cpu::avx512 {
 #include "vec_generic.h"
 #include "vec_avx512.h"
 #include "../numerics/affine_lane.h"
+#include "../numerics/lsq_lane.h"
+#include "../numerics/dorefa_lane.h"
 using FloatVec = Vec16;
+#include "vec_of.h"
 #include QK_LOOPS
 }  // namespace quantkern::cpu::avx512
 #pragma GCC pop_options

@@ -15,3 +15,11 @@ std::vector<std::string> supported_isas();
 std::string isa_name(Isa isa);
 
 }  // namespace quantkern::cpu
+
+// `name` of the instruction set in force, one of those that foreach_isa.h compiled.
+#if defined(__x86_64__)
+#define QK_PICK_ISA(name) \
+  (current_isa() == Isa::kAvx512 ? avx512::name : current_isa() == Isa::kAvx2 ? avx2::name : baseline::name)
+#else
+#define QK_PICK_ISA(name) baseline::name
+#endif

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "fake_quantize_loops.h"
+#include "stream_fence.h"
 
 namespace quantkern::cpu {
 

@@ -9,6 +9,17 @@ struct Vec8 {
 QK_LANE Vec8 operator+(Vec8 a, Vec8 b) { return {_mm256_add_ps(a.v, b.v)}; }
 QK_LANE Vec8 operator-(Vec8 a, Vec8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 QK_LANE Vec8 operator*(Vec8 a, Vec8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+QK_LANE Vec8 operator/(Vec8 a, Vec8 b) { return {_mm256_div_ps(a.v, b.v)}; }
+QK_LANE Vec8 where_less(Vec8 a, Vec8 b, Vec8 yes, Vec8 no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+QK_LANE Vec8 constant(Vec8, float value) { return Vec8::all(value); }
+QK_LANE Vec8 magnitude(Vec8 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+QK_LANE Vec8 with_sign_of(Vec8 a, Vec8 b) { return {_mm256_or_ps(a.v, _mm256_and_ps(_mm256_set1_ps(-0.0f), b.v))}; }
+QK_LANE Vec8 power_of_two(Vec8 n) {
+  return {
+      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
+}
 QK_LANE Vec8 min_lane(Vec8 a, Vec8 b) { return {_mm256_min_ps(a.v, b.v)}; }
 QK_LANE Vec8 max_lane(Vec8 a, Vec8 b) { return {_mm256_max_ps(a.v, b.v)}; }
 QK_LANE Vec8 round_even(Vec8 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }

@@ -10,6 +10,17 @@ struct Vec16 {
 QK_LANE Vec16 operator+(Vec16 a, Vec16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 QK_LANE Vec16 operator-(Vec16 a, Vec16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 QK_LANE Vec16 operator*(Vec16 a, Vec16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+QK_LANE Vec16 operator/(Vec16 a, Vec16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+QK_LANE Vec16 where_less(Vec16 a, Vec16 b, Vec16 yes, Vec16 no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
+QK_LANE Vec16 constant(Vec16, float value) { return Vec16::all(value); }
+QK_LANE Vec16 magnitude(Vec16 a) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0f), a.v)}; }
+QK_LANE Vec16 with_sign_of(Vec16 a, Vec16 b) { return {_mm512_or_ps(a.v, _mm512_and_ps(_mm512_set1_ps(-0.0f), b.v))}; }
+QK_LANE Vec16 power_of_two(Vec16 n) {
+  return {
+      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
+}
 QK_LANE Vec16 min_lane(Vec16 a, Vec16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 QK_LANE Vec16 max_lane(Vec16 a, Vec16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 QK_LANE Vec16 round_even(Vec16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }

@@ -31,6 +31,38 @@ QK_LANE Lanes<C> operator*(Lanes<C> a, Lanes<C> b) {
   QK_LANEWISE(a.v[i] * b.v[i]);
 }
 template <class C>
+QK_LANE Lanes<C> operator/(Lanes<C> a, Lanes<C> b) {
+  QK_LANEWISE(a.v[i] / b.v[i]);
+}
+template <class C>
+QK_LANE Lanes<C> where_less(Lanes<C> a, Lanes<C> b, Lanes<C> yes, Lanes<C> no) {
+  QK_LANEWISE(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]);
+}
+template <class C>
+QK_LANE Lanes<C> constant(Lanes<C>, float value) {
+  return Lanes<C>::all(static_cast<C>(value));
+}
+template <class C>
+QK_LANE Lanes<C> magnitude(Lanes<C> a) {
+  QK_LANEWISE(a.v[i] < 0 ? -a.v[i] : a.v[i]);
+}
+QK_LANE Lanes<float> with_sign_of(Lanes<float> a, Lanes<float> b) {
+  Lanes<float> r;
+  for (int i = 0; i < 8; ++i) r.v[i] = quantkern::with_sign_of(a.v[i], b.v[i]);
+  return r;
+}
+QK_LANE Lanes<float> power_of_two(Lanes<float> n) {
+  Lanes<float> r;
+  for (int i = 0; i < 8; ++i) r.v[i] = quantkern::power_of_two(n.v[i]);
+  return r;
+}
+// float64 has no polynomial of its own: it serves tests, not speed.
+QK_LANE Lanes<double> tanh_lane(Lanes<double> a) {
+  Lanes<double> r;
+  for (int i = 0; i < 8; ++i) r.v[i] = __builtin_tanh(a.v[i]);
+  return r;
+}
+template <class C>
 QK_LANE Lanes<C> min_lane(Lanes<C> a, Lanes<C> b) {
   QK_LANEWISE(quantkern::min_lane(a.v[i], b.v[i]));
 }
@@ -83,4 +115,14 @@ QK_LANE void select_group(const E* grad, const uint8_t* mask, E* out) {
 template <class E>
 struct SelectWidth {
   static constexpr int value = 8;
+};
+
+// float for every vector of float32 lanes, double for Lanes<double>.
+template <class V>
+struct LaneType {
+  using type = float;
+};
+template <>
+struct LaneType<Lanes<double>> {
+  using type = double;
 };

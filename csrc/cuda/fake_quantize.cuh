@@ -6,10 +6,10 @@
 
 namespace quantkern::cuda {
 
-// One scale and zero point, or one a channel: device arrays, or two numbers where `scale` is null.
+// One scale and zero point, or one a channel: device arrays, or a number for each of them that is null.
 struct Parameters {
   const float* scale = nullptr;
-  const void* zero_point = nullptr;  // int32, or float32
+  const void* zero_point = nullptr;  // int32, or float32; a number where scale is one
   bool zero_point_is_float = false;
   float scale_number = 1.0f, zero_point_number = 0.0f;
 };

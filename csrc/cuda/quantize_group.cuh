@@ -18,6 +18,7 @@ __device__ __forceinline__ Affine<float> make_affine(float scale, float zero_poi
 
 __device__ __forceinline__ Affine<float> affine_of(const Parameters& parameters, int64_t channel) {
   if (parameters.scale == nullptr) return make_affine(parameters.scale_number, parameters.zero_point_number);
+  if (parameters.zero_point == nullptr) return make_affine(parameters.scale[channel], parameters.zero_point_number);
   const float zero_point = parameters.zero_point_is_float
                                ? static_cast<const float*>(parameters.zero_point)[channel]
                                : static_cast<float>(static_cast<const int*>(parameters.zero_point)[channel]);

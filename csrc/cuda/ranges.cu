@@ -49,32 +49,6 @@ __global__ void __launch_bounds__(kBlock) ranges_by_row_kernel(const T* x, bool 
   }
 }
 
-// How the threads of a block lie: `tile` groups of columns, `rows` rows of threads; the rest stays idle.
-struct ColumnTile {
-  int64_t columns, tiles;
-  int tile, rows;
-};
-
-QK_HOST_DEVICE ColumnTile tile_columns(const ChannelView& view) {
-  const int64_t columns = view.channels * view.inner, groups = ceil_div(columns, kGroup);
-  const int tile = groups < kWarp ? static_cast<int>(groups) : kWarp;
-  return {columns, ceil_div(groups, tile), tile, kBlock / tile};
-}
-
-// Folds the rows of threads into row 0, halving their number each time. Called by the whole block.
-__device__ __forceinline__ void fold_rows(Range (*shared)[kBlock], const ColumnTile& t) {
-  const int row = static_cast<int>(threadIdx.x) / t.tile;
-  for (int live = t.rows; live > 1; live = (live + 1) / 2) {
-    const int half = (live + 1) / 2;
-    __syncthreads();
-    if (row + half < live) {
-      for (int j = 0; j < kGroup; ++j) {
-        shared[j][threadIdx.x] = merge(shared[j][threadIdx.x], shared[j][threadIdx.x + half * t.tile]);
-      }
-    }
-  }
-}
-
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     ranges_by_column_kernel(const T* x, bool vectorizable, RangePlan plan, Range* partials, const bool* observing,
@@ -103,6 +77,14 @@ __global__ void __launch_bounds__(kBlock)
       partials[split * t.columns + column + j] = shared[j][threadIdx.x];
     }
     __syncthreads();
+  }
+}
+
+// Blocks of one warp, one a channel.
+__global__ void __launch_bounds__(kWarp) largest_kernel(RangePlan plan, const Range* partials, float* largest) {
+  for (int64_t channel = blockIdx.x; channel < plan.view.channels; channel += gridDim.x) {
+    const Range range = combine_partials(plan, partials, channel);
+    if (threadIdx.x == 0) largest[channel] = is_seen(range) ? max_lane(-range.min, range.max) : 0.0f;
   }
 }
 
@@ -140,6 +122,10 @@ cudaError_t launch_ranges(DType dtype, const void* x, const RangePlan& plan, Ran
     return launch(ranges_by_row_kernel<T>, plan.splits * view.channels, kBlock, stream, typed, vectorizable, plan,
                   partials, observing, blocked);
   });
+}
+
+cudaError_t launch_largest(const RangePlan& plan, const Range* partials, float* largest, cudaStream_t stream) {
+  return launch(largest_kernel, plan.view.channels, kWarp, stream, plan, partials, largest);
 }
 
 }  // namespace quantkern::cuda

@@ -1,4 +1,4 @@
-// Minimum and maximum over a group, a warp, a block. Every thread gets the result; NaN is dropped.
+// Minimum, maximum and sum over a warp or a block, in a fixed order. Every thread gets the result; ranges drop NaN.
 #pragma once
 
 #include "../numerics/ranges.h"
@@ -37,6 +37,26 @@ __device__ __forceinline__ Range block_range(Range range) {
   range = lane < static_cast<int>(blockDim.x / kWarp) ? warps[lane] : empty_range();
   __syncthreads();
   return warp_range(range);
+}
+
+template <class V>
+__device__ __forceinline__ V warp_sum(V value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  return value;
+}
+
+// As block_range.
+template <class V>
+__device__ __forceinline__ V block_sum(V value) {
+  __shared__ V warps[kWarp];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  value = warp_sum(value);
+  if (lane == 0) warps[warp] = value;
+  __syncthreads();
+  value = lane < static_cast<int>(blockDim.x / kWarp) ? warps[lane] : V{};
+  __syncthreads();
+  return warp_sum(value);
 }
 
 }  // namespace quantkern::cuda

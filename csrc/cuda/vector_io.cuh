@@ -80,6 +80,20 @@ __device__ __forceinline__ void store_group(T* row, int64_t begin, int64_t lengt
   }
 }
 
+// Calls f(group, begin) for the groups of x that belong to this thread of the grid, and stores what it makes of each.
+// y is aligned.
+template <class T, class F>
+__device__ __forceinline__ void map_groups(const T* x, T* y, int64_t numel, bool x_vectorizable, const F& f) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kBlock;
+  for (int64_t index = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; index * kGroup < numel;
+       index += stride) {
+    const int64_t begin = index * kGroup;
+    Group<T> group = load_group(x, begin, numel, x_vectorizable);
+    f(group, begin);
+    store_group(y, begin, numel, true, group);
+  }
+}
+
 // The mask bits of a group that belong to elements; those beyond the end stay 0.
 __device__ __forceinline__ unsigned element_bits(int64_t begin, int64_t numel) {
   return begin + kGroup <= numel ? 0xffu : (1u << (numel - begin)) - 1u;

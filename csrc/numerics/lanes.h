@@ -49,6 +49,29 @@ QK_HOST_DEVICE C max_lane(C a, C b) {
   return a > b ? a : b;
 }
 
+// A number in the lanes of `like`.
+QK_HOST_DEVICE float constant(float like, float value) { return (void)like, value; }
+
+template <class C>
+QK_HOST_DEVICE C where_less(C a, C b, C yes, C no) {
+  return a < b ? yes : no;
+}
+
+QK_HOST_DEVICE float magnitude(float v) { return __builtin_fabsf(v); }
+QK_HOST_DEVICE float with_sign_of(float magnitude, float sign) { return __builtin_copysignf(magnitude, sign); }
+
+// 2^n for an integral n from -126 to 127, some number for NaN, which cannot be converted to an integer.
+QK_HOST_DEVICE float power_of_two(float n) {
+  // 1.5 * 2^23 + 127 + n ends in the bits of the exponent n + 127.
+  const float sum = n + 12583039.0f;
+  unsigned bits;
+  __builtin_memcpy(&bits, &sum, sizeof bits);
+  bits <<= 23;
+  float power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
 // value * scale in float32, whatever the lane: scale is a float32 number by contract.
 QK_HOST_DEVICE float multiply_as_float(float value, float scale) { return value * scale; }
 QK_HOST_DEVICE double multiply_as_float(double value, double scale) {

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -51,7 +52,7 @@ struct Barrier {
 };
 struct Warp {
   Barrier barrier;
-  float slot[kWarp];
+  alignas(8) unsigned char slot[kWarp][8];
 };
 // Entered once through its context; afterwards it changes places with the scheduler by _longjmp, which unlike
 // swapcontext needs no system call.
@@ -142,12 +143,15 @@ inline cudaError_t run(const cudaLaunchConfig_t& config, std::function<void()> c
 
 inline void __syncthreads() { emulation::wait(emulation::block_barrier, static_cast<int>(blockDim.x)); }
 
-inline float __shfl_xor_sync(unsigned, float value, int distance) {
+template <class V>
+V __shfl_xor_sync(unsigned, V value, int distance) {
   const int lane = static_cast<int>(emulation::current) % emulation::kWarp;
   emulation::Warp& warp = emulation::warps[emulation::current / emulation::kWarp];
-  warp.slot[lane] = value;
+  static_assert(sizeof(V) <= sizeof(warp.slot[0]));
+  std::memcpy(warp.slot[lane], &value, sizeof value);
   emulation::wait(warp.barrier, emulation::kWarp);
-  const float received = warp.slot[lane ^ distance];
+  V received;
+  std::memcpy(&received, warp.slot[lane ^ distance], sizeof received);
   emulation::wait(warp.barrier, emulation::kWarp);
   return received;
 }

@@ -5,9 +5,13 @@
 
 #include "../../csrc/cuda/ranges.cu"
 // ranges.cu comes first: the others launch what it defines.
+#include "../../csrc/cuda/dorefa_activation.cu"
+#include "../../csrc/cuda/dorefa_gradient.cu"
+#include "../../csrc/cuda/dorefa_weight.cu"
 #include "../../csrc/cuda/fake_quantize.cu"
 #include "../../csrc/cuda/fake_quantize_activation.cu"
 #include "../../csrc/cuda/fake_quantize_weight.cu"
+#include "../../csrc/cuda/lsq.cu"
 
 namespace {
 
@@ -105,5 +109,54 @@ int fake_quantize_activation(int dtype, const void* x, void* y, uint8_t* mask, c
   if (const cudaError_t error = activation_workspace_bytes(arguments, bytes)) return error;
   Workspace workspace(bytes);
   return workspace.checked(launch_fake_quantize_activation(arguments, workspace.data(), nullptr));
+}
+
+int lsq_backward(int dtype, const void* x, const void* grad, void* dx, const int64_t* view, const float* scale,
+                 const float* zero_point, int quant_min, int quant_max, double grad_scale, float* dscale,
+                 float* dzero_point) {
+  const LsqBackwardArguments arguments = {static_cast<DType>(dtype),
+                                          x,
+                                          grad,
+                                          dx,
+                                          {view[0], view[1], view[2]},
+                                          {scale, zero_point, true, 0.0f, 0.0f},
+                                          quant_min,
+                                          quant_max,
+                                          grad_scale,
+                                          dscale,
+                                          dzero_point};
+  int64_t bytes = 0;
+  if (const cudaError_t error = lsq_backward_workspace_bytes(arguments, bytes)) return error;
+  Workspace workspace(bytes);
+  return workspace.checked(launch_lsq_backward(arguments, workspace.data(), nullptr));
+}
+
+int dorefa_activation(int dtype, const void* x, void* y, uint8_t* mask, int64_t numel, float steps) {
+  return launch_dorefa_activation({static_cast<DType>(dtype), x, y, mask, numel, steps}, nullptr);
+}
+
+int dorefa_weight(int dtype, const void* x, void* y, int64_t numel, float steps, float* largest) {
+  int64_t bytes = 0;
+  if (const cudaError_t error = dorefa_weight_workspace_bytes(numel, bytes)) return error;
+  Workspace workspace(bytes);
+  return workspace.checked(
+      launch_dorefa_weight({static_cast<DType>(dtype), x, y, numel, steps, largest}, workspace.data(), nullptr));
+}
+
+int dorefa_weight_backward(int dtype, const void* x, const void* grad, void* dx, int64_t numel, const float* largest) {
+  int64_t bytes = 0;
+  if (const cudaError_t error = dorefa_weight_workspace_bytes(numel, bytes)) return error;
+  Workspace workspace(bytes);
+  return workspace.checked(launch_dorefa_weight_backward({static_cast<DType>(dtype), x, grad, dx, numel, largest},
+                                                         workspace.data(), nullptr));
+}
+
+int dorefa_gradient(int dtype, const void* grad, void* out, const int64_t* view, float steps, const int64_t* seed) {
+  const DorefaGradientArguments arguments = {static_cast<DType>(dtype),   grad,  out,
+                                             {view[0], view[1], view[2]}, steps, seed};
+  int64_t bytes = 0;
+  if (const cudaError_t error = dorefa_gradient_workspace_bytes(arguments, bytes)) return error;
+  Workspace workspace(bytes);
+  return workspace.checked(launch_dorefa_gradient(arguments, workspace.data(), nullptr));
 }
 }
