@@ -241,6 +241,7 @@ def contestants_for(device: torch.device, only: list[str] | None) -> dict[str, A
 
 def names_of(known: list[str], option: str) -> Callable[[str], list[str]]:
     """A parser of comma-separated names, for argparse."""
+
     def parse(text: str) -> list[str]:
         chosen = [name.strip() for name in text.split(",") if name.strip()]
         unknown = [name for name in chosen if name not in known]

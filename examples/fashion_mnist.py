@@ -15,12 +15,13 @@ from pathlib import Path
 import data
 import models
 import train
+from recipes import ONE_OF_EACH
 
 
 def main(arguments: list[str] | None = None) -> list[train.Run]:
     """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    train.add_options(parser, epochs=3, batch_size=128, seeds=1)
+    train.add_options(parser, epochs=3, batch_size=128, seeds=1, recipes=ONE_OF_EACH)
     parser.add_argument("--dataset", choices=("fashion-mnist", "mnist", "cifar10"), default="fashion-mnist")
     parser.add_argument("--data", type=Path, help="folder of the data set's files")
     options = parser.parse_args(arguments)

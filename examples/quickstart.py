@@ -12,12 +12,14 @@ import argparse
 import data
 import models
 import train
+from recipes import ONE_OF_EACH
 
 
 def main(arguments: list[str] | None = None) -> list[train.Run]:
     """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    train.add_options(parser, epochs=15, batch_size=64, seeds=3, threads=1)  # too small to share
+    # One thread: the network is too small to share.
+    train.add_options(parser, epochs=15, batch_size=64, seeds=3, recipes=ONE_OF_EACH, threads=1)
     options = parser.parse_args(arguments)
     try:
         digits = data.digits().limited(options.limit)

@@ -1,6 +1,6 @@
 """The quantizers, each set up as in an NNI script. Only the import line differs: in NNI it is
 
-    from nni.algorithms.compression.pytorch.quantization import NaiveQuantizer, QAT_Quantizer
+    from nni.algorithms.compression.pytorch.quantization import NaiveQuantizer, QAT_Quantizer, LsqQuantizer, ...
 
 A recipe gets the model, its optimizer and the number of steps in an epoch.
 """
@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import nn
 from torch.optim import Optimizer
 
-from quantkern import NaiveQuantizer, QAT_Quantizer
+from quantkern import DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quantizer
 
 
 class Quantizer(Protocol):
@@ -27,6 +27,9 @@ class Quantizer(Protocol):
         """Detach, save the float model and its calibration."""
 
 
+MakeQuantizer = Callable[[nn.Module, Optimizer, int], Quantizer]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A way to train a model.
@@ -37,7 +40,7 @@ class Recipe:
 
     weights: int
     activations: int
-    make: Callable[[nn.Module, Optimizer, int], Quantizer] | None
+    make: MakeQuantizer | None
     what: str
 
 
@@ -64,8 +67,45 @@ def qat(model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> Quantiz
     return QAT_Quantizer(model, config_list, optimizer)
 
 
+def lsq(bits: int) -> MakeQuantizer:
+    """Learned step sizes for weights and inputs; as in the paper the first and the last layer keep 8 bits."""
+
+    def make(model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> Quantizer:  # noqa: ARG001
+        config_list: list[dict[str, object]] = [
+            {
+                "quant_types": ["weight", "input"],
+                "quant_bits": {"weight": width, "input": width},
+                "op_names": names,
+            }
+            for width, names in ((8, ["conv1", "fc2"]), (bits, ["conv2", "fc1"]))
+        ]
+        return LsqQuantizer(model, config_list, optimizer)
+
+    return make
+
+
+def dorefa(weights: int, inputs: int = 32, gradients: int = 32) -> MakeQuantizer:
+    """DoReFa on the two inner layers, as in the paper; 32 bits: left as it is."""
+
+    def make(model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> Quantizer:  # noqa: ARG001
+        bits = {"weight": weights, "input": inputs, "gradient": gradients}
+        chosen = {kind: width for kind, width in bits.items() if width < 32}
+        config_list: list[dict[str, object]] = [
+            {"quant_types": list(chosen), "quant_bits": chosen, "op_names": ["conv2", "fc1"]}
+        ]
+        return DoReFaQuantizer(model, config_list, optimizer)
+
+    return make
+
+
 RECIPES = {
     "float": Recipe(32, 32, None, "no quantization"),
     "naive": Recipe(8, 32, naive, "NaiveQuantizer"),
     "qat": Recipe(8, 8, qat, "QAT_Quantizer"),
+    **{f"lsq-{bits}": Recipe(bits, bits, lsq(bits), "LsqQuantizer") for bits in (8, 4, 3, 2)},
+    **{f"dorefa-w{bits}": Recipe(bits, 32, dorefa(bits), "DoReFaQuantizer") for bits in (4, 3, 2, 1)},
+    "dorefa-w1a2g4": Recipe(1, 2, dorefa(1, 2, 4), "DoReFaQuantizer, gradients of 4 bits"),
 }
+
+ONE_OF_EACH = ("float", "naive", "qat", "lsq-4", "dorefa-w2")
+"""One recipe for every quantizer."""

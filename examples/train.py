@@ -75,10 +75,11 @@ def train_one(
     optimizer = torch.optim.Adam(model.parameters(), lr=setting.learning_rate)
     count = len(data.train_labels)
     per_epoch = steps_per_epoch(count, setting.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.epochs * per_epoch)
     quantizer = recipe.make(model, optimizer, per_epoch) if recipe.make else None
     if quantizer is not None:
         model = quantizer.compress()
+    # After the quantizer: learned step sizes are a parameter group of their own, which the schedule must know.
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.epochs * per_epoch)
     order = torch.Generator().manual_seed(seed)
     times = []
     model.train()
@@ -169,13 +170,19 @@ def known_recipes(text: str) -> list[str]:
 
 
 def add_options(
-    parser: argparse.ArgumentParser, epochs: int, batch_size: int, seeds: int, threads: int | None = None
+    parser: argparse.ArgumentParser,
+    epochs: int,
+    batch_size: int,
+    seeds: int,
+    recipes: Sequence[str] = tuple(RECIPES),
+    threads: int | None = None,
 ) -> None:
     """The options that all examples have."""
     parser.add_argument("--epochs", type=positive, default=epochs, help=f"default {epochs}")
     parser.add_argument("--batch-size", type=positive, default=batch_size, help=f"default {batch_size}")
     parser.add_argument("--seeds", type=positive, default=seeds, help=f"train this many times (default {seeds})")
-    parser.add_argument("--quantizers", type=known_recipes, default=list(RECIPES), help=f"of {','.join(RECIPES)}")
+    shown = f"of {','.join(RECIPES)} (default {','.join(recipes)})"
+    parser.add_argument("--quantizers", type=known_recipes, default=list(recipes), help=shown)
     parser.add_argument("--limit", type=positive, help="use only so many training and test images")
     parser.add_argument(
         "--threads",

@@ -17,9 +17,12 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from quantkern.config import CHILD_NAME, LayerPlan, TensorSpec
-from quantkern.fake_quant import ActivationFakeQuant, FakeQuant, WeightFakeQuant
+from quantkern.fake_quant import FakeQuant, WeightFakeQuant
 
 Visit = Callable[[str, Tensor], Tensor]
+Kinds = Mapping[str, type[Any]]
+"""The class of fake-quantizers by quant type: for weights of (label, spec, weight), else (label, spec, channels,
+device)."""
 Sizes = dict[str, torch.Size]
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -101,12 +104,19 @@ class LayerQuantizers(nn.Module):
     """
 
     def __init__(
-        self, name: str, layer: nn.Module, specs: Mapping[str, TensorSpec], sizes: Sizes, device: torch.device
+        self,
+        name: str,
+        layer: nn.Module,
+        specs: Mapping[str, TensorSpec],
+        kinds: Kinds,
+        sizes: Sizes,
+        device: torch.device,
     ) -> None:
         super().__init__()
+        self.kinds = {kind: kinds[kind] for kind in specs}
         self.layer_name, self.specs, self.device_at_start = name, dict(specs), device
         self.arguments, required = argument_names(layer)
-        names = ["input", "output", *(sizes or [f"input_{i}" for i in range(1, required)])]
+        names = ["input", "output", "gradient", *(sizes or [f"input_{i}" for i in range(1, required)])]
         for tensor_name in dict.fromkeys(names):
             spec = specs.get(kind_of(tensor_name))
             if spec is not None:
@@ -123,10 +133,11 @@ class LayerQuantizers(nn.Module):
         counts = [value for value in found if isinstance(value, int)]
         return counts[0] if counts and spec.axis == 1 else 0
 
-    def make(self, name: str, channels: int = 0) -> ActivationFakeQuant:
+    def make(self, name: str, channels: int = 0) -> FakeQuant:
         """A quantizer for the tensor ``name``, as far as its siblings in mode, device and steps; not yet a child."""
         device = next((buffer.device for buffer in self.buffers()), self.device_at_start)
-        module = ActivationFakeQuant(f"{self.layer_name}.{name}", self.specs[kind_of(name)], channels, device)
+        kind = kind_of(name)
+        module: FakeQuant = self.kinds[kind](f"{self.layer_name}.{name}", self.specs[kind], channels, device)
         steps = [other.step for other in self.children() if isinstance(other, FakeQuant) and other.step is not None]
         if module.step is not None and steps:
             module.step.copy_(steps[0])
@@ -150,7 +161,7 @@ class LayerQuantizers(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         keys = [key[len(prefix) :].split(".") for key in state_dict if key.startswith(prefix)]
-        for name in self.missing(parts[0] for parts in keys if len(parts) == 2 and parts[1] == "scale"):
+        for name in self.missing(dict.fromkeys(parts[0] for parts in keys if len(parts) == 2)):
             self.add_module(name, self.make(name))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -167,6 +178,12 @@ def quantize_outputs(layer: nn.Module, args: Arguments, output: object) -> objec
     """Forward hook."""
     own: LayerQuantizers = getattr(layer, CHILD_NAME)
     return visit_tensors(output, "output", "_", own.quantize)
+
+
+def quantize_gradients(layer: nn.Module, args: Arguments, output: object) -> object:
+    """Forward hook."""
+    own: LayerQuantizers = getattr(layer, CHILD_NAME)
+    return visit_tensors(output, "gradient", "_", own.quantize)
 
 
 def fake_quants(layer: nn.Module) -> list[FakeQuant]:
@@ -201,21 +218,22 @@ class OptimizerStepCounter:
 class Attachment:
     """The fake-quantizers of one layer. ``attach`` and ``detach`` may follow each other; the state stays."""
 
-    def __init__(self, plan: LayerPlan, sizes: Sizes, device: torch.device, count_forwards: bool) -> None:
+    def __init__(self, plan: LayerPlan, kinds: Kinds, sizes: Sizes, device: torch.device, count_forwards: bool) -> None:
         self.name, self.layer = plan.name, plan.layer
         tensors = (*plan.layer.parameters(recurse=False), *plan.layer.buffers(recurse=False), *plan.layer.parameters())
         device = next((tensor.device for tensor in tensors), device)
         label = plan.name or type(plan.layer).__name__
         activations = {kind: spec for kind, spec in plan.specs.items() if kind != "weight"}
-        self.weight, self.tensors = None, None
+        self.weight: FakeQuant | None = None
+        self.tensors: LayerQuantizers | None = None
         if "weight" in plan.specs:
             weight = plan.layer.weight
             assert isinstance(weight, Tensor)
-            self.weight = WeightFakeQuant(f"{label}.weight", plan.specs["weight"], weight)
+            self.weight = kinds["weight"](f"{label}.weight", plan.specs["weight"], weight)
         if activations:
-            self.tensors = LayerQuantizers(label, plan.layer, activations, sizes, device)
+            self.tensors = LayerQuantizers(label, plan.layer, activations, kinds, sizes, device)
             self.tensors.train(plan.layer.training)
-        self.hooks_inputs, self.hooks_outputs = "input" in activations, "output" in activations
+        self.kinds = frozenset(activations)
         self.counts = count_forwards and any(spec.start_step for spec in plan.specs.values())
         self.handles: list[RemovableHandle] = []
         self.order: list[str] = []
@@ -228,9 +246,11 @@ class Attachment:
             parametrize.register_parametrization(layer, "weight", self.weight, unsafe=True)
         if self.tensors is not None:
             layer.add_module(CHILD_NAME, self.tensors)
-        if self.hooks_inputs:
+        if "input" in self.kinds:
             self.handles.append(layer.register_forward_pre_hook(quantize_inputs, with_kwargs=True))
-        if self.hooks_outputs:
+        if "gradient" in self.kinds:  # before the output: its gradient is quantized last, as it enters the layer
+            self.handles.append(layer.register_forward_hook(quantize_gradients))
+        if "output" in self.kinds:
             self.handles.append(layer.register_forward_hook(quantize_outputs))
         if self.counts:
             self.handles.append(layer.register_forward_hook(count_step))
@@ -246,8 +266,8 @@ class Attachment:
             remove_parametrization(self.layer, self.weight, self.order)
 
     def refresh(self) -> None:
-        """Bring the weight's scale up to date with the weight as it is now."""
-        if self.weight is not None:
+        """Bring a scale that follows the weight up to date with the weight as it is now."""
+        if isinstance(self.weight, WeightFakeQuant):
             training, self.weight.training = self.weight.training, False
             with torch.no_grad():
                 _ = self.layer.weight
@@ -258,7 +278,8 @@ class Attachment:
         self.refresh()
         entry = self.weight.calibration("weight") if self.weight is not None else {}
         for name, module in self.tensors.named_children() if self.tensors is not None else ():
-            entry.update(module.calibration(name))  # type: ignore[operator]
+            assert isinstance(module, FakeQuant)
+            entry.update(module.calibration(name))
         return entry
 
     def read_calibration(self, given: Mapping[str, Any], problems: list[str]) -> list[Callable[[], None]]:
@@ -268,7 +289,7 @@ class Attachment:
             found = [key.removesuffix("_bits") for key in given if key.endswith("_bits")]
             own.update(self.tensors.named_children())
             own.update({name: self.tensors.make(name) for name in self.tensors.missing(found)})
-        for name in ("weight", "input", "output"):
+        for name in ("weight", "input", "output", "gradient"):
             if name in own and f"{name}_bits" not in given:
                 problems.append(f"{own[name].label}: {name}_bits is missing, expected {own[name].spec.bits}")
         actions = [module.read_calibration(name, given, problems) for name, module in own.items()]

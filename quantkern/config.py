@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """How one kind of tensor of a layer is quantized. ``axis`` is None per tensor.
+    """How one kind of tensor of a layer is quantized. ``axis`` is None per tensor, ``full_range`` gives int -2^(b-1).
 
     >>> TensorSpec(8, "int", "per_tensor_symmetric").quant_range
     (-127, 127)
@@ -61,13 +61,14 @@ class TensorSpec:
     axis: int | None = None
     start_step: int = 0
     ema_decay: float = 0.99
+    full_range: bool = False
 
     @property
     def quant_range(self) -> tuple[int, int]:
-        """quant_min and quant_max; int is symmetric about 0."""
+        """quant_min and quant_max; int is symmetric about 0 unless it has the full range."""
         if self.dtype == "uint":
             return 0, 2**self.bits - 1
-        return 1 - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
+        return int(not self.full_range) - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
 
     @property
     def symmetric(self) -> bool:
@@ -96,12 +97,38 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """A key that only some quantizers know, a field of their spec: one value for all quant types or a dict of them."""
+
+    check: Callable[[Any], bool]
+    expected: str
+
+
+def as_read(quant_type: str, spec: TensorSpec, given: Mapping[str, Any]) -> TensorSpec:
+    """The spec as the rule says it."""
+    return spec
+
+
+@dataclass(frozen=True)
 class Form:
-    """What the rules of one kind of quantizer may say."""
+    """What the rules of one kind of quantizer may say.
+
+    spec: the class of the specs; extras: its fields that a rule may set. refine: (quant type, spec, the whole rule)
+    -> the spec to use; a ValueError from it is a problem of the rule.
+    """
 
     quant_types: tuple[str, ...]
     keys: tuple[str, ...]
     defaults: Mapping[str, tuple[str, str]]
+    min_bits: int = 1
+    spec: type[TensorSpec] = TensorSpec
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+    refine: Callable[[str, TensorSpec, Mapping[str, Any]], TensorSpec] = as_read
+
+    @property
+    def known_types(self) -> tuple[str, ...]:
+        """The quant types that a dict by quant type may name."""
+        return tuple(dict.fromkeys((*QUANT_TYPES, *self.quant_types)))
 
 
 @dataclass(frozen=True)
@@ -130,7 +157,7 @@ class _RuleReader:
 
     def read(self) -> Rule | None:
         before = len(self.problems)
-        known = (*self.form.keys, *SELECTING_KEYS)
+        known = (*self.form.keys, *self.form.extras, *SELECTING_KEYS)
         for key in self.given:
             if key not in known:
                 near = did_you_mean(key, known) or "."
@@ -183,21 +210,21 @@ class _RuleReader:
             if entry not in allowed:
                 self.wrong("quant_types", value, f"only entries out of {list(allowed)}{did_you_mean(entry, allowed)}")
                 return []
-        return [quant_type for quant_type in QUANT_TYPES if quant_type in value]
+        return [quant_type for quant_type in self.form.known_types if quant_type in value]
 
     def by_type(self, key: str, check: Callable[[Any], bool], expected: str) -> dict[str, Any]:
         """The value of ``key`` by quant type: one value stands for all, a dict names them."""
-        value = self.given.get(key)
+        value, types = self.given.get(key), self.form.known_types
         if key not in self.given:
             return {}
         if not isinstance(value, Mapping):
             if not check(value):
                 self.wrong(key, value, f"{expected}, or a dict of these by quant type")
                 return {}
-            return dict.fromkeys(QUANT_TYPES, value)
+            return dict.fromkeys(types, value)
         for quant_type, entry in value.items():
-            if quant_type not in QUANT_TYPES:
-                known = f"quant types as keys, one of {list(QUANT_TYPES)}{did_you_mean(quant_type, QUANT_TYPES)}"
+            if quant_type not in types:
+                known = f"quant types as keys, one of {list(types)}{did_you_mean(quant_type, types)}"
                 self.wrong(key, value, f"{known} not {quant_type!r}")
             elif not check(entry):
                 self.problems.append(f"{self.label}[{key!r}][{quant_type!r}] is {entry!r}, expected {expected}")
@@ -206,8 +233,9 @@ class _RuleReader:
     def specs(self, required: bool) -> dict[str, TensorSpec]:
         quant_types = self.quant_types(required)
         before = len(self.problems)
-        fits = f"an integer from 1 to {MAX_BITS}"
-        bits = self.by_type("quant_bits", lambda v: is_int(v) and 1 <= v <= MAX_BITS, fits)
+        least = self.form.min_bits
+        fits = f"an integer from {least} to {MAX_BITS}"
+        bits = self.by_type("quant_bits", lambda v: is_int(v) and least <= v <= MAX_BITS, fits)
         bits_are_wrong = len(self.problems) > before
         schemes = self.by_type("quant_scheme", lambda v: v in QUANT_SCHEMES, f"one of {list(QUANT_SCHEMES)}")
         dtypes = self.by_type("quant_dtype", lambda v: v in QUANT_DTYPES, f"one of {list(QUANT_DTYPES)}")
@@ -216,6 +244,7 @@ class _RuleReader:
         decay = self.single(
             "ema_decay", 0.99, lambda v: isinstance(v, float) and 0 < v < 1, "a float between 0 and 1, both excluded"
         )
+        extras = {key: self.by_type(key, extra.check, extra.expected) for key, extra in self.form.extras.items()}
         if required and "quant_bits" not in self.given:
             self.problems.append(f"{self.label}: 'quant_bits' is missing; expected {fits}")
         specs: dict[str, TensorSpec] = {}
@@ -225,20 +254,24 @@ class _RuleReader:
                     self.wrong("quant_bits", self.given["quant_bits"], f"bits for every quant type, {quant_type!r} too")
                 continue
             default_scheme, default_dtype = self.form.defaults[quant_type]
-            spec = TensorSpec(
+            spec = self.form.spec(
                 bits=bits[quant_type],
                 dtype=dtypes.get(quant_type, default_dtype),
                 scheme=schemes.get(quant_type, default_scheme),
                 axis=axes.get(quant_type),
                 start_step=start,
                 ema_decay=decay,
+                **{key: values[quant_type] for key, values in extras.items() if quant_type in values},
             )
             if spec.dtype == "int" and spec.bits == 1:
                 self.wrong(
                     "quant_bits", self.given["quant_bits"],
                     f"at least 2 bits for {quant_type!r}: with dtype 'int' 1 bit holds only 0..0; or take dtype 'uint'",
                 )  # fmt: skip
-            specs[quant_type] = spec
+            try:
+                specs[quant_type] = self.form.refine(quant_type, spec, self.given)
+            except ValueError as error:
+                self.problems.append(f"{self.label}: {error}")
         if any(axis is not None for axis in axes.values()) and specs and not any(s.per_channel for s in specs.values()):
             found = sorted({spec.scheme for spec in specs.values()})
             self.wrong("axis", self.given["axis"], f"a per-channel quant_scheme with it, not {', '.join(found)}")

@@ -24,41 +24,28 @@ def _numbers(value: Tensor) -> float | list[float]:
 
 
 class FakeQuant(nn.Module):
-    """What weights and activations have in common: scale, zero point, step counter, the calibration dict."""
+    """What all of them have in common: the rule, the step counter, the rule's part of a calibration dict."""
 
-    scale: Tensor
-    zero_point: Tensor
     step: Tensor | None
 
-    def __init__(self, label: str, spec: TensorSpec, channels: int, device: torch.device) -> None:
+    def __init__(self, label: str, spec: TensorSpec, device: torch.device) -> None:
         super().__init__()
         self.label, self.spec = label, spec
-        shape = (channels,) if spec.per_channel else ()
-        self.register_buffer("scale", torch.ones(shape, device=device))
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32, device=device))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device) if spec.start_step else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuant:
         """Follow the model to another device, but stay float32 when it becomes half or double."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in before.items():
-            after = self._buffers[name]
-            if value is not None and after is not None and after.dtype != value.dtype:
-                self._buffers[name] = value.to(after.device)
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def extra_repr(self) -> str:
-        """The rule, for ``print(model)``."""
-        channels = f", {self.scale.numel()} channels on axis {self.spec.axis}" if self.spec.per_channel else ""
-        return f"{self.spec.bits} bits, {self.spec.dtype}, {self.spec.scheme}{channels}"
-
-    def quantize(self, x: Tensor, axis: int | None) -> Tensor:
-        """x on the grid of the scale and zero point stored here."""
-        low, high = self.spec.quant_range
-        return functional.fake_quantize(
-            x, self.scale, self.zero_point, low, high, axis, step=self.step, start_step=self.spec.start_step
-        )
+    def is_observed(self) -> bool:
+        """Whether it knows its scale, or needs none. May wait for the device."""
+        return True
 
     def settings(self, name: str) -> dict[str, Any]:
         """The part of a calibration dict that a rule decides."""
@@ -72,6 +59,26 @@ class FakeQuant(nn.Module):
         for key, own in self.settings(name).items():
             if key in given and given[key] != own:
                 problems.append(f"{self.label}: {key} is {given[key]!r}, this quantizer's rule says {own!r}")
+
+    def calibration(self, name: str) -> dict[str, Any]:
+        """This tensor's part of a calibration dict."""
+        return self.settings(name)
+
+    def read_calibration(self, name: str, given: Mapping[str, Any], problems: list[str]) -> Callable[[], None]:
+        """Check the entries of ``given``; the returned function then takes them over."""
+        self.read_settings(name, given, problems)
+        return lambda: None
+
+
+class ScaledFakeQuant(FakeQuant):
+    """One that has a scale, per tensor or per channel."""
+
+    scale: Tensor
+
+    def extra_repr(self) -> str:
+        """The rule, for ``print(model)``."""
+        channels = f", {self.scale.numel()} channels on axis {self.spec.axis}" if self.spec.per_channel else ""
+        return f"{self.spec.bits} bits, {self.spec.dtype}, {self.spec.scheme}{channels}"
 
     def read_tensor(self, key: str, given: Mapping[str, Any], problems: list[str]) -> Tensor | None:
         """``given[key]`` as float64 in the shape of the state here; None when it is absent or wrong."""
@@ -94,8 +101,55 @@ class FakeQuant(nn.Module):
         """Whether the state can take this many values."""
         return channels == self.scale.numel()
 
+    def has_seen(self) -> bool:
+        """Whether the state of any channel comes from a tensor, which fixes the number of channels."""
+        return True
 
-class WeightFakeQuant(FakeQuant):
+    def resize(self, channels: int) -> None:
+        """Become the state of another number of channels; only for a quantizer that has seen nothing."""
+        raise NotImplementedError(f"{type(self).__name__} has the number of channels of its weight")
+
+    def match_axis(self, x: Tensor) -> int | None:
+        """The channel axis of x; the state takes its number of channels as long as it has seen nothing."""
+        axis = self.spec.axis
+        if axis is None:
+            return None
+        shape = list(x.shape)
+        if not -x.dim() <= axis < x.dim():
+            raise ValueError(
+                f"{self.label}: axis {axis} is out of range for a tensor of shape {shape}; "
+                "give the rule an 'axis' that fits, or a per-tensor quant_scheme"
+            )
+        if shape[axis] != self.scale.numel():
+            if self.has_seen():
+                raise ValueError(
+                    f"{self.label}: a tensor of shape {shape} has {shape[axis]} channels on axis {axis}, earlier ones "
+                    f"had {self.scale.numel()}; give the rule an 'axis' of constant size, or a per-tensor quant_scheme"
+                )
+            self.resize(shape[axis])
+        return axis % x.dim()
+
+
+class RangedFakeQuant(ScaledFakeQuant):
+    """Scale and zero point are state that follows from a range."""
+
+    zero_point: Tensor
+
+    def __init__(self, label: str, spec: TensorSpec, channels: int, device: torch.device) -> None:
+        super().__init__(label, spec, device)
+        shape = (channels,) if spec.per_channel else ()
+        self.register_buffer("scale", torch.ones(shape, device=device))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32, device=device))
+
+    def quantize(self, x: Tensor, axis: int | None) -> Tensor:
+        """x on the grid of the scale and zero point stored here."""
+        low, high = self.spec.quant_range
+        return functional.fake_quantize(
+            x, self.scale, self.zero_point, low, high, axis, step=self.step, start_step=self.spec.start_step
+        )
+
+
+class WeightFakeQuant(RangedFakeQuant):
     """A parametrization: the weight on the grid of its own current range, in training and in evaluation.
 
     After a calibration dict was loaded, evaluation uses the loaded scale and zero point until the next training
@@ -151,7 +205,7 @@ class WeightFakeQuant(FakeQuant):
         return take
 
 
-class ActivationFakeQuant(FakeQuant):
+class ActivationFakeQuant(RangedFakeQuant):
     """An input or output on the grid of a moving average of its range, which every training forward renews.
 
     Evaluation uses the stored scale and zero point; a tensor that no training forward has seen stays float there,
@@ -202,25 +256,9 @@ class ActivationFakeQuant(FakeQuant):
             low, high, spec.symmetric, spec.ema_decay, axis, step=self.step, start_step=spec.start_step,
         )  # fmt: skip
 
-    def match_axis(self, x: Tensor) -> int | None:
-        """The channel axis of x; the state takes its number of channels as long as it has seen nothing."""
-        axis = self.spec.axis
-        if axis is None:
-            return None
-        shape = list(x.shape)
-        if not -x.dim() <= axis < x.dim():
-            raise ValueError(
-                f"{self.label}: axis {axis} is out of range for a tensor of shape {shape}; "
-                "give the rule an 'axis' that fits, or a per-tensor quant_scheme"
-            )
-        if shape[axis] != self.scale.numel():
-            if bool((self.running_min <= self.running_max).any()):
-                raise ValueError(
-                    f"{self.label}: a tensor of shape {shape} has {shape[axis]} channels on axis {axis}, earlier ones "
-                    f"had {self.scale.numel()}; give the rule an 'axis' of constant size, or a per-tensor quant_scheme"
-                )
-            self.resize(shape[axis])
-        return axis % x.dim()
+    def has_seen(self) -> bool:
+        """Whether any channel has a range."""
+        return bool((self.running_min <= self.running_max).any())
 
     def resize(self, channels: int) -> None:
         """Become the state of ``channels`` channels that have seen nothing, in the same tensors."""

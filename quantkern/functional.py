@@ -641,7 +641,7 @@ def quantize_gradient(grad: Tensor, bits: int, seed: Tensor, *, backend: Backend
     check_bits(grad, bits)
     ops.check_device(seed, grad, "seed")
     if chosen is Backend.TRITON:
-        quantized: Tensor = triton_twins.dorefa_gradient(grad, bits, seed)
+        quantized: Tensor = triton_twins.quantize_gradient(grad, bits, seed)
         return quantized
     return reference.dorefa_gradient(grad, bits, int(seed.item()))
 

@@ -177,6 +177,11 @@ def fake_quantize_activation(
     return straight_through(x, y, in_range), running_min, running_max, scale, zero_point
 
 
+def channel_sums(x: Tensor, axis: int | None) -> Tensor:
+    """The sum of x, or of each of its channels."""
+    return x.sum() if axis is None else x.movedim(axis, 0).unsqueeze(-1).flatten(1).sum(1)
+
+
 def lsq_positions(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -218,10 +223,7 @@ class Lsq(torch.autograd.Function):
         inside = ~(below | above)
         by_scale = torch.where(inside, torch.round(v) - v, torch.where(below, low - offset, high - offset)) * grad
         by_zero_point = torch.where(inside, 0.0, -step) * grad
-        sums = [
-            (part.double().sum() if axis is None else part.double().movedim(axis, 0).flatten(1).sum(1)) * grad_scale
-            for part in (by_scale, by_zero_point)
-        ]
+        sums = [channel_sums(part.double(), axis) * grad_scale for part in (by_scale, by_zero_point)]
         dx = torch.where(inside, grads[0], torch.zeros_like(grads[0]))
         dscale = sums[0].reshape(scale.shape).to(scale.dtype)
         dzero = None if zero_point is None else sums[1].reshape(zero_point.shape).to(zero_point.dtype)

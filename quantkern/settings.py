@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 QUANT_TYPES = ("input", "weight", "output")
 QUANT_DTYPES = ("int", "uint")
 QUANT_SCHEMES = ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric")
 
-_FACTORY = ("per_tensor_affine", "uint")
-_defaults: dict[str, tuple[str, str]] = dict.fromkeys(QUANT_TYPES, _FACTORY)
+FACTORY = dict.fromkeys(QUANT_TYPES, ("per_tensor_affine", "uint"))
+"""NNI's defaults."""
+
+_chosen: dict[str, tuple[str | None, str | None]] = {}
 
 
 def did_you_mean(word: object, known: Collection[str]) -> str:
@@ -50,12 +52,12 @@ def set_quant_scheme_dtype(quant_type: str, new_scheme: str | None = None, new_d
     >>> reset_quant_scheme_dtype()
     """
     quant_type = _require("quant_type", quant_type, QUANT_TYPES)
-    scheme, dtype = _defaults[quant_type]
+    scheme, dtype = _chosen.get(quant_type, (None, None))
     if new_scheme is not None:
         scheme = _require("new_scheme", new_scheme, QUANT_SCHEMES)
     if new_dtype is not None:
         dtype = _require("new_dtype", new_dtype, QUANT_DTYPES)
-    _defaults[quant_type] = (scheme, dtype)
+    _chosen[quant_type] = (scheme, dtype)
 
 
 def reset_quant_scheme_dtype() -> None:
@@ -66,13 +68,17 @@ def reset_quant_scheme_dtype() -> None:
     >>> default_settings()["input"]
     ('per_tensor_affine', 'uint')
     """
-    _defaults.update(dict.fromkeys(QUANT_TYPES, _FACTORY))
+    _chosen.clear()
 
 
-def default_settings() -> dict[str, tuple[str, str]]:
-    """A copy of the present defaults: quant type -> (scheme, dtype).
+def default_settings(factory: Mapping[str, tuple[str, str]] = FACTORY) -> dict[str, tuple[str, str]]:
+    """The present defaults, quant type -> (scheme, dtype): what ``set_quant_scheme_dtype`` chose, else ``factory``.
 
     >>> sorted(default_settings())
     ['input', 'output', 'weight']
     """
-    return dict(_defaults)
+    present = {}
+    for quant_type, (scheme, dtype) in factory.items():
+        new_scheme, new_dtype = _chosen.get(quant_type, (None, None))
+        present[quant_type] = (new_scheme or scheme, new_dtype or dtype)
+    return present

@@ -1,4 +1,4 @@
-"""Every code block of NNI's documentation of its Naive and QAT quantizers runs with only its import line changed.
+"""NNI's documentation of its Naive, QAT, LSQ and DoReFa quantizers: every block runs with only its import line changed.
 
 The blocks are quoted from "Supported Quantization Algorithms on NNI" (v2.7). One has a typing error there, 'uint
 without its closing quote, which is mended here.
@@ -19,6 +19,10 @@ from quantkern.settings import reset_quant_scheme_dtype
 
 IMPORTS = {
     "from nni.algorithms.compression.pytorch.quantization import QAT_Quantizer": "from quantkern import QAT_Quantizer",
+    "from nni.algorithms.compression.pytorch.quantization import LsqQuantizer": "from quantkern import LsqQuantizer",
+    "from nni.algorithms.compression.pytorch.quantization import DoReFaQuantizer": (
+        "from quantkern import DoReFaQuantizer"
+    ),
     "from nni.compression.pytorch.quantization.settings import set_quant_scheme_dtype": (
         "from quantkern.settings import set_quant_scheme_dtype"
     ),
@@ -92,6 +96,36 @@ model = DDP(model)
 for i in range(epochs):
     train(model)
     eval(model)
+"""
+
+LSQ = """
+from nni.algorithms.compression.pytorch.quantization import LsqQuantizer
+model = Mnist()
+configure_list = [{
+'quant_types': ['weight', 'input'],
+'quant_bits': {
+'weight': 8,
+'input': 8,
+},
+'op_names': ['conv1']
+}, {
+'quant_types': ['output'],
+'quant_bits': {'output': 8,},
+'op_names': ['relu1']
+}]
+quantizer = LsqQuantizer(model, configure_list, optimizer)
+quantizer.compress()
+"""
+
+DOREFA = """
+from nni.algorithms.compression.pytorch.quantization import DoReFaQuantizer
+config_list = [{
+'quant_types': ['weight'],
+'quant_bits': 8,
+'op_types': ['default']
+}]
+quantizer = DoReFaQuantizer(model, config_list)
+quantizer.compress()
 """
 
 
@@ -224,3 +258,30 @@ def test_multi_gpu(tmp_path: Path) -> None:
     assert scope["model"].module.bound_model is inner
     assert inner.relu1.quantkern.output.step.item() == 2
     assert inner.relu1.quantkern.output.observed
+
+
+def test_lsq() -> None:
+    """The document leaves out where the optimizer comes from; it must hold the parameters of this very model."""
+    model = Mnist()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scope = run(LSQ, Mnist=lambda: model, optimizer=optimizer)
+    assert scope["quantizer"].compress() is model
+    scales = list(scope["quantizer"].scale_parameters())
+    assert [len(group["params"]) for group in optimizer.param_groups] == [10, 3]
+    nn.functional.nll_loss(model(torch.randn(4, 1, 28, 28)), torch.tensor([1, 2, 3, 4])).backward()
+    before = [scale.detach().clone() for scale in scales]
+    optimizer.step()
+    assert not any(torch.equal(old, new) for old, new in zip(before, scales, strict=True))
+    assert model.conv1.parametrizations.weight[0].spec.quant_range == (-128, 127)
+    assert model.relu1.quantkern.output.spec.quant_range == (0, 255)
+    train_a_step(model)
+
+
+def test_dorefa() -> None:
+    model = Mnist()
+    scope = run(DOREFA, model=model)
+    assert scope["quantizer"].compress() is model
+    for layer in (model.conv1, model.conv2, model.fc1, model.fc2):
+        steps = (layer.weight.detach() + 1) * 255 / 2
+        assert layer.weight.abs().max() <= 1 and torch.allclose(steps, steps.round(), atol=1e-3)
+    train_a_step(model)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from quantkern.attach import Attachment, DummyInput, OptimizerStepCounter, Sizes, run_dummy
+from quantkern.attach import Attachment, DummyInput, Kinds, OptimizerStepCounter, Sizes, run_dummy
 from quantkern.config import Form, LayerPlan, plan_layers
-from quantkern.fake_quant import ActivationFakeQuant
+from quantkern.fake_quant import ActivationFakeQuant, WeightFakeQuant
 from quantkern.settings import did_you_mean
 
 Target = str | os.PathLike[str]
@@ -32,6 +33,7 @@ class Quantizer(nn.Module):
     """
 
     bound_model: nn.Module
+    kinds: Kinds = {"weight": WeightFakeQuant, "input": ActivationFakeQuant, "output": ActivationFakeQuant}
 
     def __init__(
         self,
@@ -49,6 +51,8 @@ class Quantizer(nn.Module):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
         if isinstance(model, nn.DataParallel):
             model = model.module
+        if optimizer is not None:
+            self.check_optimizer(model, optimizer)
         plans = plan_layers(model, config_list, self.form(), stacklevel=4)
         sizes: dict[str, Sizes] = {}
         if dummy_input is not None:
@@ -58,9 +62,9 @@ class Quantizer(nn.Module):
         delayed = [plan.layer for plan in plans if any(spec.start_step for spec in plan.specs.values())]
         self._attachments = [self._prepare(plan, sizes, device, optimizer is None) for plan in plans]
         self._attach()
-        self._optimizer_hook = None
+        self._hooks: list[RemovableHandle] = []
         if optimizer is not None and delayed:
-            self._optimizer_hook = optimizer.register_step_post_hook(OptimizerStepCounter(delayed))
+            self._hooks.append(optimizer.register_step_post_hook(OptimizerStepCounter(delayed)))
         self._exported = False
         self.training = model.training
         self.bound_model = model
@@ -69,12 +73,16 @@ class Quantizer(nn.Module):
         """Which keys and quant types this quantizer's rules have, and their defaults at this moment."""
         raise NotImplementedError(f"{type(self).__name__} must say what its rules may hold: def form(self) -> Form")
 
+    def check_optimizer(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Called before anything is changed; ``require_parameters_of`` is a check to make here."""
+
     def note_batch_norms(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Called with (quantized layer, batch norm right behind it) as a dummy_input showed them."""
 
-    @staticmethod
-    def _prepare(plan: LayerPlan, sizes: Mapping[str, Sizes], device: torch.device, count_forwards: bool) -> Attachment:
-        return Attachment(plan, sizes.get(plan.name, {}), device, count_forwards)
+    def _prepare(
+        self, plan: LayerPlan, sizes: Mapping[str, Sizes], device: torch.device, count_forwards: bool
+    ) -> Attachment:
+        return Attachment(plan, self.kinds, sizes.get(plan.name, {}), device, count_forwards)
 
     def _attach(self) -> None:
         done: list[Attachment] = []
@@ -162,8 +170,8 @@ class Quantizer(nn.Module):
             except BaseException:
                 self._attach()
                 raise
-        if self._optimizer_hook is not None:
-            self._optimizer_hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._exported = True
         return calibration
 
@@ -171,13 +179,16 @@ class Quantizer(nn.Module):
         for attachment in self._attachments:
             entry = calibration[attachment.name]
             for kind in ("input", "output"):
-                if f"{kind}_bits" in entry and not any(key.startswith(f"tracked_min_{kind}") for key in entry):
-                    warnings.warn(
-                        f"the {kind} of layer {attachment.name!r} was never seen in training: "
-                        "the calibration dict has no range and no scale for it",
-                        UserWarning,
-                        stacklevel=3,
-                    )
+                seen = any(key.startswith(f"tracked_min_{kind}") for key in entry)
+                if f"{kind}_qmin" in entry and not seen:
+                    self._warn_unseen(kind, attachment.name, "range and no scale")
+            if "weight_qmin" in entry and "weight_scale" not in entry:
+                self._warn_unseen("weight", attachment.name, "scale")
+
+    @staticmethod
+    def _warn_unseen(kind: str, layer: str, missing: str) -> None:
+        text = f"the {kind} of layer {layer!r} was never seen in training: the calibration dict has no {missing} for it"
+        warnings.warn(text, UserWarning, stacklevel=5)
 
     def load_calibration_config(self, calibration_config: Mapping[str, Mapping[str, Any]]) -> None:
         """Go on from exported numbers: ranges, scales and zero points, all exactly, or nothing.
@@ -212,6 +223,27 @@ class Quantizer(nn.Module):
             raise ValueError(f"calibration_config does not fit, nothing was loaded:{lines}")
         for action in actions:
             action()
+
+
+def require_parameters_of(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that trains another model."""
+    own = {id(parameter) for parameter in model.parameters()}
+    if own and not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "optimizer holds none of the model's parameters; build it from model.parameters() of this very model. "
+            "The model and the optimizer are unchanged"
+        )
+
+
+def warn_not_folded(pairs: Sequence[tuple[str, str]]) -> None:
+    """Say honestly that batch norms are not folded."""
+    if pairs:
+        listed = ", ".join(f"{norm!r} behind {layer!r}" for layer, norm in pairs)
+        warnings.warn(
+            f"batch norms are not folded into the weights before them, they stay layers of their own: {listed}",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _target(name: str, path: Target | None) -> Path:

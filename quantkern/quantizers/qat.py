@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from torch import nn
@@ -10,7 +9,7 @@ from torch.optim import Optimizer
 
 from quantkern.attach import DummyInput
 from quantkern.config import Form
-from quantkern.quantizers.base import ConfigList, Quantizer
+from quantkern.quantizers.base import ConfigList, Quantizer, warn_not_folded
 from quantkern.settings import QUANT_TYPES, default_settings
 
 _KEYS = ("quant_types", "quant_bits", "quant_dtype", "quant_scheme", "quant_start_step", "ema_decay", "axis")
@@ -71,10 +70,4 @@ class QAT_Quantizer(Quantizer):  # noqa: N801  (NNI's name)
 
     def note_batch_norms(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Say honestly that folding does not happen."""
-        if pairs:
-            listed = ", ".join(f"{norm!r} behind {layer!r}" for layer, norm in pairs)
-            warnings.warn(
-                f"batch norms are not folded into the weights before them, they stay layers of their own: {listed}",
-                UserWarning,
-                stacklevel=4,
-            )
+        warn_not_folded(pairs)

@@ -5,8 +5,8 @@ device and why not, and the kernel modules are loaded when one of their function
 
     numerics.py                  what is computed, one element at a time (twin of csrc/numerics)
     layout.py                    how a tensor is seen by a kernel: outer x channels x inner in memory order
-    min_max.py                   the statistics pass that the two observing operations share
-    fake_quantize*.py            one module an operation: its kernels and its host function
+    min_max.py                   the statistics pass, and the cut of a tensor that every reducing operation shares
+    fake_quantize*.py lsq.py dorefa_*.py   one module an operation: its kernels and its host function
 
 The functions take checked arguments and know nothing of autograd; quantkern.functional does both. Nothing here waits
 for the device: scales, ranges, flags and steps are read by the kernels, so a call can be captured in a CUDA graph.
@@ -25,6 +25,9 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from quantkern.triton.dorefa_activation import dorefa_activation_forward
+    from quantkern.triton.dorefa_gradient import quantize_gradient
+    from quantkern.triton.dorefa_weight import dorefa_weight_backward, dorefa_weight_forward
     from quantkern.triton.fake_quantize import (
         fake_quantize_backward,
         fake_quantize_forward,
@@ -32,14 +35,21 @@ if TYPE_CHECKING:
     )
     from quantkern.triton.fake_quantize_activation import fake_quantize_activation_forward
     from quantkern.triton.fake_quantize_weight import fake_quantize_weight_forward
+    from quantkern.triton.lsq import lsq_backward, lsq_forward
 
 __all__ = [
     "available",
+    "dorefa_activation_forward",
+    "quantize_gradient",
+    "dorefa_weight_backward",
+    "dorefa_weight_forward",
     "fake_quantize_activation_forward",
     "fake_quantize_backward",
     "fake_quantize_forward",
     "fake_quantize_forward_number",
     "fake_quantize_weight_forward",
+    "lsq_backward",
+    "lsq_forward",
 ]
 
 HOMES = {
@@ -48,6 +58,12 @@ HOMES = {
     "fake_quantize_backward": "fake_quantize",
     "fake_quantize_weight_forward": "fake_quantize_weight",
     "fake_quantize_activation_forward": "fake_quantize_activation",
+    "lsq_forward": "lsq",
+    "lsq_backward": "lsq",
+    "dorefa_weight_forward": "dorefa_weight",
+    "dorefa_weight_backward": "dorefa_weight",
+    "dorefa_activation_forward": "dorefa_activation",
+    "quantize_gradient": "dorefa_gradient",
 }
 """The module that defines each function."""
 

@@ -70,6 +70,16 @@ def dense_in_out(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, out
 
 
+def laid_out_like(grad: Tensor, dense: Tensor) -> Tensor:
+    """grad with the strides of a dense tensor of its shape."""
+    grad = grad.detach()
+    if all(
+        have == want for size, have, want in zip(grad.shape, grad.stride(), dense.stride(), strict=True) if size != 1
+    ):
+        return grad
+    return torch.empty_like(dense).copy_(grad)
+
+
 def new_mask(x: Tensor, with_mask: bool) -> Tensor:
     """Room for one bit an element; empty without a mask."""
     return x.new_empty((x.numel() + 7) // 8 if with_mask else 0, dtype=torch.uint8)

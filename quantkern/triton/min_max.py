@@ -1,8 +1,8 @@
-"""Smallest and largest value per tensor or per channel: the statistics pass of the two observing operations.
+"""Smallest and largest value per tensor or per channel, and how every pass with a result a channel cuts its tensor.
 
-A pass over x leaves partial ranges in a workspace; the operation's own finalising kernel, one program for up to 32
-channels, merges them with ``merge_partials``. Which elements a partial range covers is fixed by the shape, never by
-timing.
+A pass over x leaves partial ranges (or sums) in a workspace; the operation's own finalising kernel, one program for
+up to 32 channels, merges them with ``merge_partials`` (or ``sum_partials``, in float64). Which elements a partial
+result covers and the order in which they are merged are fixed by the shape, never by timing.
 
     rows      channels with 32 or more neighbouring elements: a program reduces tiles of one channel to one range;
               the partials lie as [1, channels, splits]
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkern.triton.layout import LAUNCH, Layout, index_type
-from quantkern.triton.numerics import merge, widen
+from quantkern.triton.numerics import largest_magnitude, merge, widen
 
 TILE = 2048
 """Elements a program holds at a time."""
@@ -34,6 +34,16 @@ PROGRAMS = 1024
 
 MERGE_TILE = 1024
 """Partial ranges a finalising program takes at a time: ``merge_shape`` spreads them over its channels."""
+
+
+class Tiles(NamedTuple):
+    """How a pass cuts a tensor: a program takes every splits-th tile of rows x columns of its channel or strip."""
+
+    by_rows: bool
+    strips: int
+    splits: int
+    rows: int
+    columns: int
 
 
 class Partials(NamedTuple):
@@ -133,6 +143,43 @@ def merge_partials(
     return tl.min(low, axis=1), tl.max(high, axis=1)
 
 
+@triton.jit
+def sum_partials(
+    sums_ptr: tl.tensor,
+    channel: tl.tensor,
+    channels: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """The float64 sums of the vector ``channel``, by one program."""
+    total = tl.zeros((CHANNELS, BLOCK), tl.float64)
+    for start in range(0, rows * width, BLOCK):
+        k = start + tl.arange(0, BLOCK)[None, :]
+        inside = (k < rows * width) & (channel < channels)[:, None]
+        partial = (tl.cast(k // width, tl.int64) * channels + channel[:, None]) * width + k % width
+        total += tl.load(sums_ptr + partial, mask=inside, other=0.0).to(tl.float64)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def largest_magnitudes_kernel(
+    low_ptr: tl.tensor,
+    high_ptr: tl.tensor,
+    largest_ptr: tl.tensor,
+    channels: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """CHANNELS channels a program: partial ranges in, max|x| out."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    low, high = merge_partials(low_ptr, high_ptr, channel, channels, rows, width, CHANNELS, BLOCK)
+    tl.store(largest_ptr + channel, largest_magnitude(low, high), mask=channel < channels)
+
+
 def merge_shape(channels: int) -> tuple[int, int]:
     """Channels a finalising program takes, and partial ranges of each at a time."""
     together = min(32, triton.next_power_of_2(channels))
@@ -145,30 +192,57 @@ def new_partials(x: Tensor, rows: int, channels: int, width: int) -> Partials:
     return Partials(low, high, rows, width)
 
 
-def partial_ranges(x: Tensor, layout: Layout, observing: Tensor | None) -> Partials:
-    """Launch the pass over a dense x, which stays unread while ``observing`` (one byte; None: always) is 0."""
+def tiles_of(layout: Layout) -> Tiles:
+    """The cut of a tensor that is not empty."""
     outer, channels, inner = layout
-    index = index_type(x.numel())
-    if x.numel() == 0:
-        return new_partials(x, 0, channels, 1)
     # A program should have some tiles to itself before their number is split further.
     if inner >= 32 or outer == 1:
         columns = min(TILE, triton.next_power_of_2(inner))
         rows = min(TILE // columns, triton.next_power_of_2(outer))
         tiles = triton.cdiv(outer, rows) * triton.cdiv(inner, columns)
-        splits = min(triton.cdiv(tiles, 4), max(1, PROGRAMS // channels))
-        partials = new_partials(x, 1, channels, splits)
-        row_ranges_kernel[(channels, splits)](
-            x, partials.low, partials.high, observing, outer, channels, inner, rows, columns, index, **LAUNCH
-        )
-        return partials
+        return Tiles(True, channels, min(triton.cdiv(tiles, 4), max(1, PROGRAMS // channels)), rows, columns)
     width = channels * inner
     columns = min(128, triton.next_power_of_2(width))
     rows = min(TILE // columns, triton.next_power_of_2(outer))
     strips = triton.cdiv(width, columns)
     splits = min(triton.cdiv(triton.cdiv(outer, rows), 4), max(1, PROGRAMS // strips))
-    partials = new_partials(x, splits, channels, inner)
-    column_ranges_kernel[(strips, splits)](
-        x, partials.low, partials.high, observing, outer, width, rows, columns, index, **LAUNCH
-    )
+    return Tiles(False, strips, splits, rows, columns)
+
+
+def partials_shape(tiles: Tiles, layout: Layout) -> tuple[int, int]:
+    """Rows and width of a pass's partial results, which are rows x channels x width."""
+    return (1, tiles.splits) if tiles.by_rows else (tiles.splits, layout.inner)
+
+
+def partial_ranges(x: Tensor, layout: Layout, observing: Tensor | None) -> Partials:
+    """Launch the pass over a dense x, which stays unread while ``observing`` (one byte; None: always) is 0."""
+    outer, channels, inner = layout
+    if x.numel() == 0:
+        return new_partials(x, 0, channels, 1)
+    index, tiles = index_type(x.numel()), tiles_of(layout)
+    rows, width = partials_shape(tiles, layout)
+    partials = new_partials(x, rows, channels, width)
+    grid = (tiles.strips, tiles.splits)
+    if tiles.by_rows:
+        row_ranges_kernel[grid](
+            x, partials.low, partials.high, observing, outer, channels, inner, tiles.rows, tiles.columns, index,
+            **LAUNCH,
+        )  # fmt: skip
+    else:
+        column_ranges_kernel[grid](
+            x, partials.low, partials.high, observing, outer, channels * inner, tiles.rows, tiles.columns, index,
+            **LAUNCH,
+        )  # fmt: skip
     return partials
+
+
+def largest_magnitudes(x: Tensor, layout: Layout) -> Tensor:
+    """max|x| of every channel of a dense x, NaN left out; 0 where there is nothing else."""
+    largest = x.new_empty(layout.channels, dtype=torch.float32)
+    partials = partial_ranges(x, layout, None)
+    together, at_once = merge_shape(layout.channels)
+    largest_magnitudes_kernel[(triton.cdiv(layout.channels, together),)](
+        partials.low, partials.high, largest, layout.channels, partials.rows, partials.width, together, at_once,
+        **LAUNCH,
+    )  # fmt: skip
+    return largest

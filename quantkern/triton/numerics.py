@@ -5,6 +5,8 @@
     affine     scale = (max - min) / (quant_max - quant_min), the range first extended to hold 0;
                zero_point = clamp(quant_min - rint(min / scale), quant_min, quant_max)
     EMA        running = running * keep + batch * take; the first batch stands for "running"
+    LSQ        the gradients of a learned step size and zero point
+    DoReFa     q(z) = rint(z * n) / n, n = 2^bits - 1, of tanh(w), of clip(x, 0, 1) and, with Philox noise, of gradients
 
 All arithmetic is float32 and equals the reference bit for bit. Three things see to that: kernels are launched with
 ``layout.LAUNCH`` (no contraction of a * b + c), divisions are ``div_rn`` (``/`` may be an approximation on a GPU) and
@@ -14,7 +16,8 @@ min_lane and max_lane return their second argument when the comparison is false:
 with it first NaN is dropped.
 
 Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-2018 (eq. 1, sections 3 and 3.1).
+2018 (eq. 1, sections 3 and 3.1); Esser et al., "Learned Step Size Quantization", 2020 (eq. 3 and 5); Zhou et al.,
+"DoReFa-Net", 2016 (sections 2.3 to 2.5); Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
 """
 
 # triton ships no types, so triton.jit is untyped.
@@ -146,3 +149,132 @@ def update_running(
     new_min = tl.where(first, low, running_min) * keep + low * take
     new_max = tl.where(first, high, running_max) * keep + high * take
     return tl.where(usable, new_min, running_min), tl.where(usable, new_max, running_max)
+
+
+@triton.jit
+def largest_magnitude(low: tl.tensor, high: tl.tensor) -> tl.tensor:
+    """max|x| of the range [low, high]; 0 where nothing was seen."""
+    return tl.where(low <= high, max_lane(-low, high), 0.0)
+
+
+@triton.jit
+def with_sign_of(magnitude: tl.tensor, sign: tl.tensor) -> tl.tensor:
+    """The float32 magnitude, not negative, with the sign of another number."""
+    bits = (sign.to(tl.uint32, bitcast=True) & 0x80000000) | magnitude.to(tl.uint32, bitcast=True)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power_of_two(n: tl.tensor) -> tl.tensor:
+    """2^n for an integral float32 n from -126 to 127."""
+    return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lsq_gradient_lane(
+    x: tl.tensor,
+    grad: tl.tensor,
+    inverse: tl.tensor,
+    scale: tl.tensor,
+    zero_point: tl.tensor,
+    quant_min: tl.tensor,
+    quant_max: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """(whether the gradient of x passes, dscale, dzero_point); NaN counts as below."""
+    v = x * inverse
+    position = v + zero_point
+    above_low = quant_min < position
+    below_high = position < quant_max
+    not_above = tl.where(below_high, round_even(v) - v, quant_max - zero_point)
+    by_scale = tl.where(above_low, not_above, quant_min - zero_point)
+    passes = above_low & below_high
+    return passes, grad * by_scale, tl.where(passes, 0.0, 0.0 - scale * grad)
+
+
+@triton.jit
+def tanh_lane(x: tl.tensor) -> tl.tensor:
+    """tanh to 1.4 units in the last place: an odd polynomial near 0, 1 - 2 / (e^2x + 1) elsewhere."""
+    a = tl.abs(x)
+    u = x * x
+    p = u * 0.0021274355240166187 + -0.008157853037118912
+    p = p * u + 0.02169126458466053
+    p = p * u + -0.05394458398222923
+    p = p * u + 0.13333182036876678
+    p = p * u + -0.333333283662796
+    p = p * u + 1.0
+    # e^t with t = 2|x| = n ln 2 + r; beyond 10 tanh is 1 in float32.
+    t = min_lane(10.0, a) * 2.0
+    n = round_even(t * 1.4426950408889634)
+    r = (t - n * 0.693359375) - n * -2.12194440e-4
+    e = r * 0.0013941108481958508 + 0.00837512593716383
+    e = e * r + 0.04166635125875473
+    e = e * r + 0.16666415333747864
+    e = e * r + 0.5
+    e = e * r + 1.0
+    e = e * r + 1.0
+    large = 1.0 - tl.div_rn(2.0, e * power_of_two(n) + 1.0)
+    return tl.where(a < 0.625, x * p, with_sign_of(large, x))
+
+
+@triton.jit
+def dorefa_weight_lane(w: tl.tensor, width: tl.tensor, steps: tl.tensor) -> tl.tensor:
+    """2 * q(tanh(w) / width + 1/2) - 1; width = 2 * tanh(max|w|), steps = n."""
+    z = tl.div_rn(tanh_lane(w), width) + 0.5
+    return 2.0 * tl.div_rn(round_even(z * steps), steps) - 1.0
+
+
+@triton.jit
+def dorefa_sign_lane(w: tl.tensor, mean: tl.tensor) -> tl.tensor:
+    """sign(w) * mean with sign(0) = +1; NaN stays NaN."""
+    return tl.where(w < 0.0, -mean, tl.where(w >= 0.0, mean, w))
+
+
+@triton.jit
+def dorefa_weight_gradient_lane(w: tl.tensor, grad: tl.tensor, largest: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """(the gradient of w but for the part through the largest tanh, tanh(w), of which that part is made)."""
+    t = tanh_lane(w)
+    return tl.div_rn(grad, largest) * (1.0 - t * t), t
+
+
+@triton.jit
+def dorefa_activation_lane(x: tl.tensor, steps: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """(q(clip(x, 0, 1)), whether the gradient passes)."""
+    clipped = min_lane(1.0, max_lane(0.0, x))
+    # round_even turns -0.0 into 0.0, the rounding instructions of other devices do not.
+    rounded = tl.where(clipped == 0.0, clipped, round_even(clipped * steps))
+    return tl.div_rn(rounded, steps), x == clipped
+
+
+@triton.jit
+def dorefa_gradient_lane(grad: tl.tensor, width: tl.tensor, steps: tl.tensor, noise: tl.tensor) -> tl.tensor:
+    """2 M (q(g / (2 M) + 1/2 + noise / n) - 1/2); width = 2 * M, noise in [-1/2, 1/2)."""
+    q = min_lane(steps, max_lane(0.0, round_even((tl.div_rn(grad, width) + 0.5) * steps + noise)))
+    return (tl.div_rn(q, steps) - 0.5) * width
+
+
+@triton.jit
+def philox(seed: tl.tensor, block: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The four 32-bit words of Philox4x32-10 for each int64 block number under an int64 seed."""
+    w0 = block.to(tl.uint32)
+    w1 = (block >> 32).to(tl.uint32)
+    w2 = tl.zeros_like(w0)
+    w3 = tl.zeros_like(w0)
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high_a = tl.umulhi(w0, 0xD2511F53)
+        high_b = tl.umulhi(w2, 0xCD9E8D57)
+        w3_next = tl.mul(w0, 0xD2511F53, sanitize_overflow=False)
+        w0 = high_b ^ w1 ^ k0
+        w1 = tl.mul(w2, 0xCD9E8D57, sanitize_overflow=False)
+        w2 = high_a ^ w3 ^ k1
+        w3 = w3_next
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def centered_uniform(word: tl.tensor) -> tl.tensor:
+    """Uniform in [-1/2, 1/2), on a grid of 2^-24."""
+    return (word >> 8).to(tl.float32) * 2.0**-24 - 0.5
