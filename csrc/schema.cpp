@@ -43,8 +43,7 @@ TORCH_LIBRARY(quantkern, m) {
   m.def(
       "lsq(Tensor x, Tensor scale, int quant_min, int quant_max, float grad_scale, int? axis=None, "
       "Tensor? zero_point=None) -> Tensor");
-  m.def(
-      "lsq_forward(Tensor x, Tensor scale, int quant_min, int quant_max, int? axis, Tensor? zero_point) -> Tensor");
+  m.def("lsq_forward(Tensor x, Tensor scale, int quant_min, int quant_max, int? axis, Tensor? zero_point) -> Tensor");
   // Gradients of x, scale and zero point, the last one empty without a zero point.
   m.def(
       "lsq_backward(Tensor grad, Tensor x, Tensor scale, int quant_min, int quant_max, float grad_scale, int? axis, "

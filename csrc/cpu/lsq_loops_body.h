@@ -55,8 +55,13 @@ static LsqSums gradient(DType dtype, const void* x, const void* grad, void* dx, 
 template <class V>
 QK_LANE void add_some(float* sums, int64_t count, V value) {
   V before;
-  load_some(sums, count, before);
-  store_some(sums, count, before + value);
+  if (count == V::width) {
+    load(sums, before);
+    store(sums, before + value);
+  } else {
+    load_some(sums, count, before);
+    store_some(sums, count, before + value);
+  }
 }
 
 template <class T>

@@ -1,5 +1,5 @@
-// The gradient of a learned step size over any lane type (Esser et al. 2020, eq. 3 and 5), with a zero point that may be
-// learned too. Its forward is fake_quantize_lane. Included inside a namespace like affine_lane.h; no include guard.
+// The gradient of a learned step size over any lane type (Esser et al. 2020, eq. 3 and 5), with a zero point that may
+// be learned too. Its forward is fake_quantize_lane. Included inside a namespace like affine_lane.h; no include guard.
 //
 //   v = x / scale, p = v + zero_point; inside: quant_min < p < quant_max
 //   dx          = grad inside, 0 outside
