@@ -2,11 +2,12 @@
 
     python -m benchmarks.report
 
-Between ``<!-- table: NAME -->`` and ``<!-- end -->`` stands what ``results/NAME.json`` says.
+Between ``<!-- table: NAME -->`` (or ``accuracy``) and ``<!-- end -->`` stands what ``results/NAME.json`` says.
 """
 
 from __future__ import annotations
 
+import json
 import re
 
 from benchmarks import harness
@@ -19,6 +20,7 @@ SHAPES = ("act-64x56", "weight-512", "weight-64", "tiny-16")
 SHOWN = {
     "aten": "ATen",
     "aten-fused": "ATen fused observer",
+    "eager": "eager",
     "torch.compile": "torch.compile",
     "nni": "NNI 2.10",
     "brevitas": "brevitas",
@@ -54,15 +56,35 @@ def table(name: str) -> str:
     return told + "\n\n" + "\n".join(rows) + "\n"
 
 
+def accuracy(name: str) -> str:
+    """The markdown table of an example's runs."""
+    document = json.loads((harness.RESULTS / f"{name}.json").read_text())
+    scores: dict[str, list[float]] = {}
+    for run in document["runs"]:
+        scores.setdefault(run["recipe"], []).append(run["accuracy"])
+    means = {recipe: sum(values) / len(values) for recipe, values in scores.items()}
+    settings, machine = document["settings"], document["machine"]
+    told = (
+        f"Test accuracy on {document['data']}, {document['train_images']} training images, every recipe from scratch: "
+        f"{settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['seeds']} seed(s); {machine['cpu']}, "
+        f"{machine['threads']} threads, torch {document['versions']['torch']}, commit {document['commit']['hash'][:10]}, "
+        f"{document['date'][:10]}. Recipes: examples/recipes.py."
+    )
+    rows = ["| recipe | accuracy % | points from float |", "|---|---|---|"]
+    rows += [f"| {recipe} | {mean:.2f} | {mean - means['float']:+.2f} |" for recipe, mean in means.items()]
+    return told + "\n\n" + "\n".join(rows) + "\n"
+
+
 def update(text: str) -> str:
     """README's text with every table whose results exist written anew."""
 
     def fill(found: re.Match[str]) -> str:
-        name = found.group(1)
-        body = table(name) if (harness.RESULTS / f"{name}.json").exists() else ""
-        return f"<!-- table: {name} -->\n{body}<!-- end -->"
+        kind, name = found.groups()
+        write = table if kind == "table" else accuracy
+        body = write(name) if (harness.RESULTS / f"{name}.json").exists() else ""
+        return f"<!-- {kind}: {name} -->\n{body}<!-- end -->"
 
-    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.S)
+    return re.sub(r"<!-- (table|accuracy): (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.S)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -138,19 +139,50 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def write_json(path: Path, data: Dataset, settings: dict[str, object], runs: Sequence[Run]) -> None:
-    """The runs and what they were made with."""
+    """The runs, and where and with what they were made."""
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from benchmarks import harness
+
     shown = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     document = {
         "data": data.name,
         "train_images": len(data.train_labels),
         "test_images": len(data.test_labels),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        **harness.environment(torch.device("cpu"), ["quantkern"]),
         "settings": shown,
         "runs": [asdict(run) for run in runs],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def plot(path: Path, data: Dataset, runs: Sequence[Run]) -> None:
+    """Accuracy over bits, a line for each kind of quantizer and the float model as a level."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
+    lines: dict[str, dict[int, list[float]]] = {}
+    for run in runs:
+        recipe = RECIPES[run.recipe]
+        kind = recipe.what if recipe.activations == recipe.weights else f"{recipe.what}, weights only"
+        lines.setdefault(kind, {}).setdefault(recipe.weights, []).append(run.accuracy)
+    chart, axes = plt.subplots(figsize=(7, 4.5))
+    for kind, scores in lines.items():
+        bits = sorted(scores)
+        means = [statistics.fmean(scores[width]) for width in bits]
+        if bits == [32]:
+            axes.axhline(means[0], color="grey", linestyle="--", label="float")
+        else:
+            axes.plot(bits, means, marker="o", label=kind)
+    axes.set(xlabel="bits", ylabel="test accuracy, %", title=f"{data.name}, {len(data.train_labels)} images")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chart.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(chart)
 
 
 def positive(text: str) -> int:
@@ -192,6 +224,7 @@ def add_options(
     )
     parser.add_argument("--export", type=Path, help="folder for the trained models and their calibration")
     parser.add_argument("--json", type=Path, help="write every run to this file")
+    parser.add_argument("--plot", type=Path, help="draw accuracy over bits to this file (needs matplotlib)")
 
 
 def report(data: Dataset, setting: Setting, options: argparse.Namespace) -> list[Run]:
@@ -210,4 +243,7 @@ def report(data: Dataset, setting: Setting, options: argparse.Namespace) -> list
     if options.json:
         write_json(options.json, data, vars(options), runs)
         print(f"written: {options.json}")
+    if options.plot:
+        plot(options.plot, data, runs)
+        print(f"drawn: {options.plot}")
     return runs
