@@ -66,9 +66,9 @@ def accuracy(name: str) -> str:
     settings, machine = document["settings"], document["machine"]
     told = (
         f"Test accuracy on {document['data']}, {document['train_images']} training images, every recipe from scratch: "
-        f"{settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['seeds']} seed(s); {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {document['versions']['torch']}, commit {document['commit']['hash'][:10]}, "
-        f"{document['date'][:10]}. Recipes: examples/recipes.py."
+        f"{settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['seeds']} seed(s); "
+        f"{machine['cpu']}, {machine['threads']} threads, torch {document['versions']['torch']}, commit "
+        f"{document['commit']['hash'][:10]}, {document['date'][:10]}. Recipes: examples/recipes.py."
     )
     rows = ["| recipe | accuracy % | points from float |", "|---|---|---|"]
     rows += [f"| {recipe} | {mean:.2f} | {mean - means['float']:+.2f} |" for recipe, mean in means.items()]
