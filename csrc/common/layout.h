@@ -46,6 +46,14 @@ inline DenseInOut dense_in_out(const at::Tensor& x) {
   return {out, out};
 }
 
+// The same for an output of given dense strides, such as those of the tensor whose gradient x is.
+inline DenseInOut dense_in_out(const at::Tensor& x, at::IntArrayRef strides) {
+  const at::Tensor out = new_strided(x.sizes(), strides, x);
+  if (x.strides() == strides) return {x, out};
+  out.copy_(x);
+  return {out, out};
+}
+
 // grad with the strides of a dense tensor of its shape.
 inline at::Tensor in_layout_of(const at::Tensor& grad, const at::Tensor& dense) {
   if (grad.strides() == dense.strides()) return grad;

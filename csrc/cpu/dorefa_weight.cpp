@@ -13,9 +13,6 @@
 namespace quantkern::cpu {
 namespace {
 
-// Stretches of a fixed size, so that sums do not depend on the number of threads.
-constexpr int64_t kSumStretch = 4096;
-
 template <class Part, class F>
 std::vector<Part> by_stretches(int64_t numel, const F& loop) {
   std::vector<Part> parts((numel + kSumStretch - 1) / kSumStretch);

@@ -91,9 +91,7 @@ TensorPair fake_quantize_cpu(const at::Tensor& x, const at::Tensor& scale, const
 at::Tensor fake_quantize_backward_cpu(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef strides) {
   check_input(grad);
   check_mask(grad, mask);
-  const at::Tensor out = new_strided(grad.sizes(), strides, grad);
-  const at::Tensor in = grad.strides() == strides ? grad : out;
-  if (in.is_same(out)) out.copy_(grad);
+  auto [in, out] = dense_in_out(grad, strides);
   const auto loop = fake_quantize_loops().select;
   const void* g = in.const_data_ptr();
   const uint8_t* bits = mask.const_data_ptr<uint8_t>();

@@ -16,8 +16,6 @@ namespace {
 
 using MaybeTensor = std::optional<at::Tensor>;
 
-constexpr int64_t kSumStretch = 4096;
-
 void prepare(PreparedParams& params, const Layout& layout, const at::Tensor& scale, const MaybeTensor& zero_point) {
   const at::Tensor scales = scale.contiguous(), zeros = zero_point.has_value() ? zero_point->contiguous() : scales;
   const float *s = scales.const_data_ptr<float>(), *z = zeros.const_data_ptr<float>();

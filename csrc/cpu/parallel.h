@@ -14,6 +14,10 @@ namespace quantkern::cpu {
 // Fewer elements than this are not worth a second thread: they take about 10 us, waking a thread takes up to 20.
 constexpr int64_t kGrain = 98304;
 
+// Sums are made over stretches of this many elements and then added in memory order, so that they do not depend on the
+// number of threads.
+constexpr int64_t kSumStretch = 4096;
+
 // From this size on an output goes past the caches: it would not stay in them, and a line written past them need not
 // be read first, which is a third of the traffic.
 constexpr size_t kStreamBytes = size_t{16} << 20;

@@ -63,9 +63,7 @@ at::Tensor fake_quantize_backward_cuda(const at::Tensor& grad, const at::Tensor&
   check_cuda_input(grad);
   check_mask(grad, mask);
   const c10::cuda::CUDAGuard guard(grad.device());
-  const at::Tensor out = new_strided(grad.sizes(), strides, grad);
-  const at::Tensor in = grad.strides() == strides ? grad : out;
-  if (in.is_same(out)) out.copy_(grad);
+  auto [in, out] = dense_in_out(grad, strides);
   C10_CUDA_CHECK(launch_fake_quantize_backward(dtype_of(grad), in.const_data_ptr(), mask.const_data_ptr<uint8_t>(),
                                                out.mutable_data_ptr(), grad.numel(),
                                                c10::cuda::getCurrentCUDAStream()));
