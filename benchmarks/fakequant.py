@@ -26,6 +26,7 @@ try:
     from benchmarks import peers
     from benchmarks.peers import ACTIVATION, EMA_DECAY, FAKE_QUANTIZE, OPERATIONS, WEIGHT, Adapter, Problem, Unsupported
     from quantkern import Backend, reference
+    from quantkern.backend import has_native
 except ImportError as error:
     raise SystemExit(f"benchmarks.fakequant needs quantkern with its compiled kernels: {error}") from error
 
@@ -299,7 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.list:
         print_list(contestants)
         return
-    if "quantkern" in contestants and not F.has_native(device.type):
+    if "quantkern" in contestants and not has_native(device.type):
         raise SystemExit(
             f"this build of quantkern has no compiled kernels for {device.type}; rebuild it on a machine with the "
             "CUDA toolkit: QUANTKERN_CUDA=1 pip install ."

@@ -18,6 +18,7 @@ import platform
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -43,11 +44,15 @@ HEAD_START_CYCLES = 1_000_000
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of a check: whether the contestant may be timed, and by how much it differs, in words and numbers."""
+    """The outcome of a check: whether the contestant may be timed, and by how much it differs, in words and numbers.
+
+    other_work: how a contestant that is timed all the same differs from the specification; its results are marked.
+    """
 
     accepted: bool
     text: str
     figures: dict[str, float] = field(default_factory=dict)
+    other_work: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,9 @@ class Result:
 
     to_floor: this contestant's time over the floor's. to_ours: this contestant's time over ours, so 10 means that
     ours is ten times as fast. None where the floor or ours is not among the contestants.
+    bytes_per_element: what the floor would have moved in this contestant's time, for an element. Less than the floor's
+    own bytes: it is faster than the floor, whose stores may read a line of memory before they write it.
+    other_work: not empty where it was timed although it computes something else, and what.
     """
 
     labels: dict[str, str]
@@ -107,6 +115,13 @@ class Result:
     to_ours: float | None
     check: str
     figures: dict[str, float]
+    bytes_per_element: float | None = None
+    other_work: str = ""
+
+    @property
+    def floor_bytes_per_element(self) -> float:
+        """The bytes an element that cannot be avoided."""
+        return self.gb_per_s * self.ns_per_element
 
 
 @dataclass(frozen=True)
@@ -257,21 +272,57 @@ def _time(
             to_ours=median / ours if ours else None,
             check=accepted[name][1].text,
             figures=accepted[name][1].figures,
+            bytes_per_element=case.floor_bytes / case.elements * median / floor if floor else None,
+            other_work=accepted[name][1].other_work,
         )
         for name, median in medians.items()
     ]
 
 
-def gradients(y: Tensor, inputs: Sequence[Tensor], above: Tensor) -> tuple[Tensor, ...]:
-    """The backward half of the work.
+def gradients(y: Tensor, inputs: Sequence[Tensor], above: Tensor, keep_graph: bool = False) -> tuple[Tensor, ...]:
+    """The backward half of the work; with ``keep_graph`` it can be done again. None for an input y does not depend on.
 
     The engine is called as torch.autograd.grad calls it. That function's own Python takes about 25 us, as long as all
     the work on a small tensor; a training step pays for it once, not once a layer, so no contestant does here.
     """
     engine = torch.autograd.Variable._execution_engine
     return engine.run_backward(  # type: ignore[no-any-return, no-untyped-call]
-        (y,), (above,), False, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+        (y,), (above,), keep_graph, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
     )
+
+
+def allocated(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Bytes of tensors that one call of ``run`` allocates: at its peak, and still held when it has returned.
+
+    What it returns is held. Memory that is no tensor's (a kernel's own small arrays on the CPU) is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        held = run()
+        torch.cuda.synchronize()
+        figures = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+        del held
+        return figures
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler announces itself on every start
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        held = run()
+    del held
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = [one for one in json.loads(trace.read_text())["traceEvents"] if one.get("name") == "[memory]"]
+    live: dict[int, int] = {}
+    peak = 0
+    for event in sorted(events, key=lambda one: one["ts"]):
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            live[address] = size
+        else:
+            live.pop(address, None)  # what was there before is not counted, neither when it goes
+        peak = max(peak, sum(live.values()))
+    return peak, sum(live.values())
 
 
 # --- where and with what it ran
@@ -415,11 +466,23 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def print_case(case: Case, results: Sequence[Result], excluded: Sequence[Excluded]) -> None:
     """All figures of one case."""
-    columns = ["contestant", "p20 ms", "p50 ms", "p80 ms", "ns/element", "GB/s", "x copy", "x ours", "check"]
+    columns = [
+        "contestant",
+        "p20 ms",
+        "p50 ms",
+        "p80 ms",
+        "ns/element",
+        "GB/s",
+        "B/element",
+        f"x {case.floor}",
+        "x ours",
+        "check",
+    ]
     rows = [
         [
             one.contestant,
             *(figure(value) for value in (one.p20_ms, one.p50_ms, one.p80_ms, one.ns_per_element, one.gb_per_s)),
+            figure(one.bytes_per_element),
             figure(one.to_floor),
             figure(one.to_ours),
             one.check,
@@ -433,7 +496,7 @@ def print_case(case: Case, results: Sequence[Result], excluded: Sequence[Exclude
 
 
 def print_summary(title: str, results: Sequence[Result], floor: str = "copy", ours: str = "quantkern") -> None:
-    """One row a case: the floor's and our time, ours over the floor, and each peer's time over ours."""
+    """One row a case: the floor's and our time, ours over the floor, in bytes an element, and each peer's over ours."""
     if not results:
         print("nothing was timed")
         return
@@ -441,7 +504,7 @@ def print_summary(title: str, results: Sequence[Result], floor: str = "copy", ou
     for result in results:
         cases.setdefault(" ".join(result.labels.values()), {})[result.contestant] = result
     peers = [name for name in dict.fromkeys(one.contestant for one in results) if name not in (floor, ours)]
-    columns = [*results[0].labels, f"{floor} ms", f"{ours} ms", f"{ours}/{floor}"]
+    columns = [*results[0].labels, f"{floor} ms", f"{ours} ms", f"{ours}/{floor}", "B/element"]
     columns += [f"{name}/{ours}" for name in peers]
     rows = []
     for timed in cases.values():
@@ -449,9 +512,22 @@ def print_summary(title: str, results: Sequence[Result], floor: str = "copy", ou
         row = list(labels.values())
         row += [figure(timed[name].p50_ms) if name in timed else "-" for name in (floor, ours)]
         row.append(figure(timed[ours].to_floor) if ours in timed else "-")
-        row += [figure(timed[name].to_ours, "x") if name in timed else "-" for name in peers]
+        row.append(figure(timed[ours].bytes_per_element) if ours in timed else "-")
+        row += [ratio(timed[name]) if name in timed else "-" for name in peers]
         rows.append(row)
     print_table(title, columns, rows, text_columns=len(results[0].labels))
+    for line in notes(results):
+        print(line)
+
+
+def ratio(result: Result) -> str:
+    """A contestant's time over ours, with a star where it computes something else."""
+    return figure(result.to_ours, "x") + ("*" if result.other_work else "")
+
+
+def notes(results: Iterable[Result]) -> list[str]:
+    """What the stars mean: one line for every contestant and difference."""
+    return list(dict.fromkeys(f"* {one.contestant}: {one.other_work}" for one in results if one.other_work))
 
 
 def require_matplotlib() -> ModuleType:
@@ -494,9 +570,9 @@ def plot(path: Path, title: str, results: Sequence[Result]) -> None:
 def kernels_for(device: torch.device) -> str:
     """Which of our kernels AUTO runs on a device, on the CPU with their instruction set."""
     from quantkern import _C
-    from quantkern import functional as F
+    from quantkern.backend import choose_backend
 
-    backend, reason = F.choose_backend(device.type)
+    backend, reason = choose_backend(device.type)
     if device.type == "cpu":
         reason = f"{reason}, running on {_C.cpu_capability()}"
     return f"{backend.value}: {reason}"
@@ -511,8 +587,9 @@ def run(
     seconds: float,
     chart: Path | None,
     distributions: Iterable[str],
-) -> None:
-    """Check, time, print, write after every case (a run may be cut short), and draw."""
+    floor: str = "copy",
+) -> list[Result]:
+    """Check, time, print, write after every case (a run may be cut short), and draw. ``floor``: the cases' own."""
     if chart:
         require_matplotlib()
     where = environment(device, distributions)
@@ -527,8 +604,9 @@ def run(
         results += timed
         excluded += not_timed
         write_json(path, benchmark, where, arguments, results, excluded)
-    print_summary("milliseconds, ours over the floor, and each peer's time over ours", results)
+    print_summary("milliseconds, ours over the floor, and each peer's time over ours", results, floor)
     print(f"\nwritten: {path}")
     if chart:
         plot(chart, f"{benchmark}, {arguments.get('dtype')}, {device.type}", results)
         print(f"drawn: {chart}")
+    return results

@@ -3,17 +3,22 @@
 An adapter takes a ``Problem`` and returns a function of no arguments that does the operation once on
 ``problem.x`` and returns y. Everything that a user sets up once (modules, state, compilation) happens before that.
 ``Unsupported`` says that a library has no such operation; that is printed, not hidden.
+
+For what is learned (benchmarks.lsq) an adapter returns a ``Learner``, because libraries keep the scale as a parameter
+of their own; where a library is known to compute something else, the ``Learner`` says what.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +33,8 @@ OPERATIONS = {
     ACTIVATION: "min and max, moving average (decay 0.99), scale and zero point (affine, 0..255), fake-quantize",
 }
 EMA_DECAY = 0.99
+
+LSQ, DOREFA_WEIGHT, DOREFA_ACTIVATION = "lsq", "dorefa_weight", "dorefa_activation"
 
 
 class Unsupported(Exception):
@@ -69,6 +76,24 @@ class Problem:
 
 
 Adapter = Callable[[Problem], Callable[[], Tensor]]
+
+ROUNDS_FIRST = "clips the rounded value, so that gradient passes up to half a step outside the range"
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A way to do an operation whose gradients count.
+
+    step: does it once and returns y.
+    inputs: what receives a gradient: x, then the scale where there is one, in the library's own form.
+    scale_factor: the library's gradient of its scale times this is that of ``quantkern.reference``.
+    departs: in what it is known to differ from the reference ("y", "gradient" of x, "scale": its gradient), and how.
+    """
+
+    step: Callable[[], Tensor]
+    inputs: tuple[Tensor, ...]
+    scale_factor: float = 1.0
+    departs: dict[str, str] = field(default_factory=dict)
 
 
 # --- the specification itself
@@ -201,6 +226,59 @@ def brevitas(p: Problem) -> Callable[[], Tensor]:
     return lambda: layer.quant_weight().value  # type: ignore[no-any-return]
 
 
+def brevitas_learner(p: Problem) -> Learner:
+    """brevitas: its quantizers with the scale as a parameter (scaling_impl_type PARAMETER), in the layer of a user.
+
+    Weights: QuantConv2d's or QuantLinear's quant_weight(). Activations: QuantIdentity; DoReFa's is a constant scale.
+    """
+    import brevitas.nn as qnn  # type: ignore[import-not-found,import-untyped]
+    from brevitas.inject.enum import ScalingImplType, ScalingPerOutputType  # type: ignore[import-not-found,import-untyped]
+    from brevitas.quant import (  # type: ignore[import-not-found,import-untyped]
+        Int8WeightPerChannelFloat,
+        Int8WeightPerTensorFloat,
+        Uint8ActPerTensorFloatMaxInit,
+    )
+
+    if p.operation == DOREFA_WEIGHT:
+        raise Unsupported("no tanh normalisation of weights")
+    bits = (p.quant_max - p.quant_min).bit_length()
+    step: Callable[[], Tensor]
+    if p.quant_min < 0:
+        plain, arguments, _ = _layer_for(p.x)
+        layer = (qnn.QuantConv2d if plain is nn.Conv2d else qnn.QuantLinear)(
+            **arguments,
+            weight_quant=Int8WeightPerTensorFloat if p.axis is None else Int8WeightPerChannelFloat,
+            weight_bit_width=bits,
+            weight_narrow_range=False,
+            weight_scaling_impl_type=ScalingImplType.PARAMETER,
+            weight_scaling_init=1.0,
+        ).to(p.x.device, p.x.dtype)
+        layer.weight = p.x
+        layer.weight_quant.init_tensor_quant()
+        quantizer, step = layer.weight_quant.tensor_quant, lambda: layer.quant_weight().value
+    else:
+        arguments = {"act_quant": Uint8ActPerTensorFloatMaxInit, "bit_width": bits, "max_val": 1.0}
+        if p.operation == DOREFA_ACTIVATION:
+            arguments["scaling_impl_type"] = ScalingImplType.CONST
+        if p.axis is not None:
+            others = [i for i in range(p.x.dim()) if i != p.axis]
+            arguments["scaling_per_output_type"] = ScalingPerOutputType.CHANNEL
+            arguments["per_channel_broadcastable_shape"] = tuple(_over_channels(p.scale, p).shape)
+            arguments["scaling_stats_permute_dims"] = (p.axis, *others)
+        identity = qnn.QuantIdentity(**arguments).to(p.x.device, p.x.dtype)
+        quantizer = identity.act_quant.fused_activation_quant_proxy.tensor_quant
+        step = lambda: identity(p.x)  # noqa: E731
+    if p.operation == DOREFA_ACTIVATION:
+        return Learner(step, (p.x,), departs={"gradient": ROUNDS_FIRST})
+    # Its parameter is the end of the range: the scale times the integer there. Its gradient is not scaled down.
+    end = float(max(-p.quant_min, p.quant_max))
+    parameter = quantizer.scaling_impl.value
+    with torch.no_grad():
+        parameter.copy_(_over_channels(p.scale, p) * end)
+    factor = end * reference.lsq_grad_scale(p.x, p.quant_max, p.axis)
+    return Learner(step, (p.x, parameter), factor, {"gradient": ROUNDS_FIRST, "scale": ROUNDS_FIRST})
+
+
 # --- torchao
 
 
@@ -261,37 +339,49 @@ class _Holder(nn.Module):
         return self.layer(x)  # type: ignore[no-any-return]
 
 
-def nni(p: Problem) -> Callable[[], Tensor]:
-    """NNI: QAT_Quantizer's own gradient function, called as its wrapper calls it.
-
-    A given scale is its evaluation mode. Its step counter is moved on once, as its optimizer hook would.
-    """
+def _nni_quantizer(
+    p: Problem, name: str, quantizes_weight: bool, bits: int, config: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
+    """NNI's quantizer of that name around one layer with x as its weight or input, and NNI's names of quant_types."""
     with contextlib.redirect_stdout(io.StringIO()):
-        from nni.algorithms.compression.pytorch.quantization import QAT_Quantizer  # type: ignore[import-not-found,import-untyped]
+        from nni.algorithms.compression.pytorch import quantization  # type: ignore[import-not-found,import-untyped]
         from nni.compression.pytorch.quantization.literal import QuantType  # type: ignore[import-not-found,import-untyped]
 
-    if p.operation == ACTIVATION and p.axis not in (None, 1):
-        raise Unsupported("channels of activations are always dimension 1")
-    for name in ("nni", "schema"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    quantizes_weight = p.operation == WEIGHT
+    for logger in ("nni", "schema"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     if quantizes_weight:
         plain, arguments, dummy = _layer_for(p.x)
         layer = plain(**arguments).to(p.x.device, p.x.dtype)
     else:
         layer, dummy = nn.ReLU(), p.x.detach()
     model = _Holder(layer).to(p.x.device)
+    whole = {
+        "quant_types": ["weight" if quantizes_weight else "input"],
+        "quant_bits": bits,
+        "op_names": ["layer"],
+        **(config or {}),
+    }
+    more = {} if name == "DoReFaQuantizer" else {"dummy_input": dummy}
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return getattr(quantization, name)(model, [whole], optimizer, **more), QuantType
+
+
+def nni(p: Problem) -> Callable[[], Tensor]:
+    """NNI: QAT_Quantizer's own gradient function, called as its wrapper calls it.
+
+    A given scale is its evaluation mode. Its step counter is moved on once, as its optimizer hook would.
+    """
+    if p.operation == ACTIVATION and p.axis not in (None, 1):
+        raise Unsupported("channels of activations are always dimension 1")
+    quantizes_weight = p.operation == WEIGHT
     granularity, scheme = "per_tensor" if p.axis is None else "per_channel", "symmetric" if p.symmetric else "affine"
     config = {
-        "quant_types": ["weight" if quantizes_weight else "input"],
-        "quant_bits": 8,
-        "op_names": ["layer"],
         "quant_dtype": "int" if p.quant_min < 0 else "uint",
         "quant_scheme": f"{granularity}_{scheme}",
     }
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        quantizer = QAT_Quantizer(model, [config], torch.optim.SGD(model.parameters(), lr=0.1), dummy_input=dummy)
+    quantizer, QuantType = _nni_quantizer(p, "QAT_Quantizer", quantizes_weight, 8, config)
     (wrapper,) = quantizer.get_modules_wrapper()
     module, steps = wrapper.module, quantizer.bound_model.steps
     if quantizes_weight:
@@ -319,11 +409,126 @@ def nni(p: Problem) -> Callable[[], Tensor]:
     return activation
 
 
+def nni_learner(p: Problem) -> Learner:
+    """NNI: LsqQuantizer and DoReFaQuantizer, called as their wrapper calls them, in training."""
+    if p.operation == DOREFA_ACTIVATION:
+        raise Unsupported("its DoReFaQuantizer quantizes weights only")
+    if p.axis is not None:
+        raise Unsupported("a learned scale is always per tensor")
+    bits, quantizes_weight = (p.quant_max - p.quant_min).bit_length(), p.operation == DOREFA_WEIGHT or p.quant_min < 0
+    name = "DoReFaQuantizer" if p.operation == DOREFA_WEIGHT else "LsqQuantizer"
+    quantizer, QuantType = _nni_quantizer(p, name, quantizes_weight, bits)
+    (wrapper,) = quantizer.get_modules_wrapper()
+    module = wrapper.module
+
+    def weight() -> Tensor:
+        module.weight = p.x.data  # what the wrapper does before each call
+        return quantizer.quant_grad(p.x, QuantType.WEIGHT, wrapper, None)  # type: ignore[no-any-return]
+
+    if p.operation == DOREFA_WEIGHT:
+        return Learner(weight, (p.x,), departs={"gradient": "the gradient skips tanh and the maximum"})
+    scale = module.weight_scale if quantizes_weight else module.input_scale
+    scale.data = p.scale.detach().clone()
+    if quantizes_weight:
+        return Learner(weight, (p.x, scale), departs={"gradient": "no gradient reaches the weight"})
+    quantizer.bound_model.steps.add_(1)  # the first step would choose the scale; its optimizer hook moves on
+    signed = "quantizes to the signed range whatever the input"
+    return Learner(
+        lambda: quantizer.quant_grad(p.x, QuantType.INPUT, wrapper),
+        (p.x, scale),
+        departs=dict.fromkeys(("y", "gradient", "scale"), signed),
+    )
+
+
+# --- binary networks
+
+PADS_WITH_MINUS_ONE = "pads with -1"
+
+
+def bitorch_linear(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """bitorch-engine's C++ linear layer with packed weights; it packs real inputs itself.
+
+    Its PyPI release has the C++ sources in the source archive only, and builds them for ``setup.py develop``.
+    """
+    extension = _bitorch("binary_linear_cpp")
+    (m, k), n = x.shape, weight.shape[0]
+    if k % 32 or n % 32:
+        raise Unsupported("takes multiples of 32")
+    words = (weight >= 0).t().reshape(k // 32, 32, n).to(torch.int64) << torch.arange(32).view(1, 32, 1)
+    packed = words.sum(1).flatten()
+    return lambda: extension.forward(x, packed, m, n, k, False)  # type: ignore[no-any-return]
+
+
+def bitorch_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Callable[[], Tensor]:
+    """bitorch-engine's C++ convolution with packed weights; it packs real inputs itself, and pads with -1."""
+    extension = _bitorch("binary_conv_cpp")
+    outputs, channels, kernel, _ = weight.shape
+    if channels % 32:
+        raise Unsupported("takes multiples of 32")
+    words = (weight.reshape(-1, 32) >= 0).to(torch.int64) << torch.arange(32)
+    packed = words.sum(1)
+    edge = (x.shape[2] + 2 * padding - kernel) // stride + 1
+    return lambda: extension.forward(  # type: ignore[no-any-return]
+        x, packed, outputs, edge * edge, channels * kernel * kernel, kernel, stride, padding, 1, edge, False
+    )
+
+
+def _bitorch(name: str) -> Any:
+    try:
+        return importlib.import_module(f"bitorch_engine.extensions.{name}")
+    except ImportError as error:
+        raise Unsupported(
+            f"{error}: its source archive on PyPI builds it (BIE_BUILD_ONLY=... python setup.py develop)"
+        ) from None
+
+
+def larq_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, threads: int) -> Callable[[], Tensor]:
+    """Larq compute engine with its indirect kernel, the fastest it has off ARM; inputs and outputs are numpy's, NHWC.
+
+    Off ARM it runs portable kernels and says that they are not made for speed.
+    """
+    outputs, _, kernel, _ = weight.shape
+    if padding != (kernel - 1) // 2:
+        raise Unsupported("pads as TensorFlow does")
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            import larq  # type: ignore[import-not-found,import-untyped]
+            import larq_compute_engine as engine  # type: ignore[import-not-found,import-untyped]
+            import tensorflow  # type: ignore[import-not-found,import-untyped]
+            from larq_compute_engine.tflite.python.interpreter import (  # type: ignore[import-not-found,import-untyped]
+                Interpreter,
+            )
+    except ImportError as error:
+        raise Unsupported(f"{error}: pip install tensorflow-cpu tf_keras larq larq-compute-engine") from None
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    batch, channels, height, width = x.shape
+    layer = larq.layers.QuantConv2D(
+        outputs, kernel, strides=stride, padding="same", pad_values=0.0,
+        input_quantizer="ste_sign", kernel_quantizer="ste_sign", use_bias=False,
+    )  # fmt: skip
+    keras = tensorflow.keras
+    model = keras.Sequential([keras.layers.Input((height, width, channels), batch_size=batch), layer])
+    layer.set_weights([weight.permute(2, 3, 1, 0).contiguous().numpy()])
+    with contextlib.redirect_stderr(io.StringIO()):
+        interpreter = Interpreter(engine.convert_keras_model(model), num_threads=threads, use_indirect_bgemm=True)
+    images = [x.permute(0, 2, 3, 1).contiguous().numpy()]
+    return lambda: torch.from_numpy(interpreter.interpreter.predict(images)[0]).permute(0, 3, 1, 2)
+
+
+BINARY_DISTRIBUTIONS = ("numpy", "bitorch-engine", "larq", "larq-compute-engine", "tensorflow-cpu")
+"""Packages whose versions belong in the results of benchmarks.bnn."""
+
 BUILT_IN: dict[str, Adapter] = {"aten": aten, "aten-fused": aten_fused, "torch.compile": compiled}
 """Contestants that come with torch."""
 
 INSTALLABLE: dict[str, Adapter] = {"brevitas": brevitas, "torchao": torchao, "nni": nni}
 """Contestants that are packages of their own: ``pip install '.[peers]'``. The names are those of the modules."""
+
+LEARNERS: dict[str, Callable[[Problem], Learner]] = {"brevitas": brevitas_learner, "nni": nni_learner}
+"""The installable contestants of benchmarks.lsq."""
 
 DISTRIBUTIONS = ("triton", "numpy", *INSTALLABLE)
 """Packages whose versions belong in the results."""
@@ -332,6 +537,12 @@ DISTRIBUTIONS = ("triton", "numpy", *INSTALLABLE)
 def missing() -> list[str]:
     """The installable peers that are not here."""
     return [name for name in INSTALLABLE if importlib.util.find_spec(name) is None]
+
+
+def installed_learners() -> dict[str, Callable[[Problem], Learner]]:
+    """Every installable contestant of benchmarks.lsq that is here."""
+    absent = missing()
+    return {name: adapter for name, adapter in LEARNERS.items() if name not in absent}
 
 
 def installed() -> dict[str, Adapter]:

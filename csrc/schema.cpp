@@ -57,4 +57,33 @@ TORCH_LIBRARY(quantkern, m) {
   m.def("dorefa_activation_forward(Tensor x, int bits, bool with_mask) -> (Tensor, Tensor)");
   // Quantizes a gradient stochastically; seed is a 1-element int64 tensor on its device.
   m.def("dorefa_gradient(Tensor grad, int bits, Tensor seed) -> Tensor");
+
+  // Binary networks. A sign is one bit, 1 for x >= 0. Packed: int32 words, element i is bit i % 32 of word i / 32,
+  // padding bits 0; images are packed along their channels, [N, H, W, words].
+  m.def("binarize(Tensor x, bool clip_gradient=True) -> Tensor");
+  m.def("binarize_forward(Tensor x, bool with_mask) -> (Tensor, Tensor)");
+  m.def("pack_signs(Tensor x, int axis=-1) -> Tensor");
+  // With the number of ones in every row.
+  m.def("pack_signs_counted(Tensor x, int axis=-1) -> (Tensor, Tensor)");
+  m.def("unpack_signs(Tensor packed, int k, ScalarType dtype) -> Tensor");
+  // The rows of packed weights in the order in which this device's kernels read them. Derived, optional, never saved.
+  m.def("arrange_signs(Tensor packed) -> Tensor");
+  // Exact dot products, times scale, plus bias (both one value an output channel).
+  m.def(
+      "binary_matmul(Tensor a, Tensor b, int k, Tensor? scale=None, Tensor? bias=None, Tensor? arranged=None) -> "
+      "Tensor");
+  m.def(
+      "binary_conv2d(Tensor x, Tensor weight, int channels, int[2] stride, int[2] padding, int[2] dilation, "
+      "Tensor? scale=None, Tensor? bias=None, Tensor? arranged=None, bool channels_last=False) -> Tensor");
+  // Their packed signs: bit n is (dot >= threshold[n]) xor bit n of flip.
+  m.def(
+      "binary_matmul_sign(Tensor a, Tensor b, int k, Tensor threshold, Tensor flip, Tensor? arranged=None) -> Tensor");
+  m.def(
+      "binary_conv2d_sign(Tensor x, Tensor weight, int channels, int[2] stride, int[2] padding, int[2] dilation, "
+      "Tensor threshold, Tensor flip, Tensor? arranged=None) -> Tensor");
+  // OR over the window, AND where flip has a 1.
+  m.def("packed_max_pool2d(Tensor x, Tensor flip, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor");
+  // Training: linear and conv2d of the signs, with the gradients of linear and conv2d; packed signs are saved.
+  m.def("sign_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("sign_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
 }

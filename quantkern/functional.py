@@ -1,11 +1,8 @@
-"""The public functions. The only place that chooses a backend."""
+"""The public functions; those of binary networks are in ``quantkern.binary`` and here by name."""
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +10,44 @@ from torch import Tensor
 
 from quantkern import ops, reference
 from quantkern import triton as triton_twins
-from quantkern.backend import Backend
+from quantkern.backend import Backend, resolve
+from quantkern.binary import (
+    arrange_signs,
+    binarize,
+    binary_conv2d,
+    binary_conv2d_sign,
+    binary_linear,
+    binary_matmul,
+    binary_matmul_sign,
+    pack_signs,
+    packed_max_pool2d,
+    sign_conv2d,
+    sign_linear,
+    unpack_signs,
+)
+
+__all__ = [
+    "arrange_signs",
+    "binarize",
+    "binary_conv2d",
+    "binary_conv2d_sign",
+    "binary_linear",
+    "binary_matmul",
+    "binary_matmul_sign",
+    "dorefa_activation",
+    "dorefa_gradient",
+    "dorefa_weight",
+    "fake_quantize",
+    "fake_quantize_activation",
+    "fake_quantize_weight",
+    "lsq",
+    "pack_signs",
+    "packed_max_pool2d",
+    "quantize_gradient",
+    "sign_conv2d",
+    "sign_linear",
+    "unpack_signs",
+]
 
 _OPS = torch.ops.quantkern
 _FAKE_QUANTIZE = _OPS.fake_quantize.default
@@ -24,102 +58,6 @@ _LSQ = _OPS.lsq.default
 _DOREFA_WEIGHT = _OPS.dorefa_weight.default
 _DOREFA_ACTIVATION = _OPS.dorefa_activation.default
 _DOREFA_GRADIENT = _OPS.dorefa_gradient.default
-
-
-@functools.cache
-def has_native(device_type: str) -> bool:
-    """Whether this build has compiled kernels for tensors on ``device_type``."""
-    if device_type == "meta":
-        return True
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("quantkern::fake_quantize_forward", key)
-
-
-def _automatic(device_type: str) -> tuple[Backend, str]:
-    """What AUTO means for tensors on a device, and why."""
-    if has_native(device_type):
-        return Backend.NATIVE, f"compiled kernels for {device_type} are in this build"
-    runs, why = triton_twins.available(device_type)
-    choice = Backend.TRITON if runs else Backend.REFERENCE
-    return choice, f"this build has no compiled kernels for {device_type}; Triton: {why}"
-
-
-@functools.cache
-def choose_backend(device_type: str) -> tuple[Backend, str]:
-    """What AUTO means for tensors on a device, and why; a fallback is announced, once."""
-    choice, reason = _automatic(device_type)
-    if choice is not Backend.NATIVE:
-        slow = " (plain PyTorch, slow)" if choice is Backend.REFERENCE else ""
-        warnings.warn(f"quantkern runs its {choice.value} kernels{slow} on {device_type}: {reason}", stacklevel=4)
-    return choice, reason
-
-
-@dataclass(frozen=True)
-class Backends:
-    """What ``backends()`` found; print it for a readable list.
-
-    chosen: device type -> what AUTO runs there and why. triton: device type -> whether the Triton kernels can run
-    and why. cpu_capability: the instruction set the CPU kernels run on, of cpu_capabilities, slowest first.
-    cuda_archs: what the CUDA kernels were compiled for, empty in a CPU build.
-    """
-
-    chosen: dict[str, tuple[Backend, str]]
-    triton: dict[str, tuple[bool, str]]
-    cpu_capability: str
-    cpu_capabilities: tuple[str, ...]
-    cuda_archs: tuple[str, ...]
-    torch_version: str
-
-    def __str__(self) -> str:
-        lines = [f"{device}: {choice.value} ({reason})" for device, (choice, reason) in self.chosen.items()]
-        lines += [
-            f"triton on {device}: {'yes' if runs else 'no'} ({why})" for device, (runs, why) in self.triton.items()
-        ]
-        lines.append(f"CPU kernels run on {self.cpu_capability}; this processor has {', '.join(self.cpu_capabilities)}")
-        lines.append(f"CUDA kernels compiled for: {', '.join(self.cuda_archs) or 'none, this is a CPU build'}")
-        return "\n".join([*lines, f"built for torch {self.torch_version}"])
-
-
-def backends() -> Backends:
-    """Which kernels exist here, which run for what, and why.
-
-    >>> print(backends())  # doctest: +ELLIPSIS
-    cpu: native (compiled kernels for cpu are in this build)
-    cuda: ...
-    """
-    from quantkern import _C
-
-    devices = ("cpu", "cuda")
-    return Backends(
-        chosen={device: _automatic(device) for device in devices},
-        triton={device: triton_twins.available(device) for device in devices},
-        cpu_capability=_C.cpu_capability(),
-        cpu_capabilities=tuple(_C.supported_cpu_capabilities()),
-        cuda_archs=tuple(arch for arch in _C.CUDA_ARCHS.split(";") if arch),
-        torch_version=torch.__version__,
-    )
-
-
-# Looked up on the path of every small call, and by torch.compile, which must not trace the question.
-_NATIVE = {device: Backend.NATIVE for device in ("cpu", "cuda", "meta") if has_native(device)}
-
-
-def _resolve(x: Tensor, backend: Backend) -> Backend:
-    """The backend that will run; asking for one that cannot is an error."""
-    if backend is Backend.AUTO:
-        return _NATIVE.get(x.device.type) or choose_backend(x.device.type)[0]
-    if not isinstance(backend, Backend):
-        raise TypeError(f"backend must be a member of quantkern.Backend, got {backend!r}")
-    if backend is Backend.NATIVE and not has_native(x.device.type):
-        raise RuntimeError(
-            f"backend=Backend.NATIVE: this build has no compiled kernels for {x.device.type}; "
-            "use Backend.AUTO, or rebuild with QUANTKERN_CUDA=1 for CUDA tensors"
-        )
-    if backend is Backend.TRITON:
-        runs, why = triton_twins.available(x.device.type)
-        if not runs:
-            raise RuntimeError(f"backend=Backend.TRITON cannot run on {x.device.type}: {why}")
-    return backend
 
 
 class _TritonFunction(torch.autograd.Function):
@@ -249,7 +187,7 @@ def fake_quantize(
     >>> x.grad.tolist()
     [1.0, 1.0, 1.0, 0.0]
     """
-    chosen = _resolve(x, backend)
+    chosen = resolve(x, backend)
     if chosen is Backend.NATIVE:
         if type(scale) is float and isinstance(zero_point, (int, float)) and axis is None and step is None:
             return _FAKE_QUANTIZE_NUMBER(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-any-return]
@@ -318,7 +256,7 @@ def fake_quantize_weight(
     >>> round(scale.item(), 6), zero_point.item()
     (0.01, 0)
     """
-    chosen = _resolve(x, backend)
+    chosen = resolve(x, backend)
     if chosen is Backend.NATIVE:
         return _FAKE_QUANTIZE_WEIGHT(  # type: ignore[no-any-return]
             x, scale, zero_point, quant_min, quant_max, symmetric, axis, step, start_step
@@ -388,7 +326,7 @@ def fake_quantize_activation(
     >>> round(scale.item(), 4), zero_point.item()
     (0.01, 100)
     """
-    chosen = _resolve(x, backend)
+    chosen = resolve(x, backend)
     if chosen is Backend.NATIVE:
         return _FAKE_QUANTIZE_ACTIVATION(  # type: ignore[no-any-return]
             x,
@@ -511,7 +449,7 @@ def lsq(
     >>> x.grad.tolist(), round(scale.grad.item(), 4)
     ([1.0, 1.0, 0.0, 0.0], 2.2)
     """
-    chosen = _resolve(x, backend)
+    chosen = resolve(x, backend)
     if grad_scale is None:
         grad_scale = reference.lsq_grad_scale(x, quant_max, check_axis(x, axis))
     if chosen is Backend.NATIVE:
@@ -579,7 +517,7 @@ def dorefa_weight(w: Tensor, bits: int, *, backend: Backend = Backend.AUTO) -> T
     >>> dorefa_weight(torch.tensor([-1.0, 0.0, 0.5]), bits=1).tolist()
     [-0.5, 0.5, 0.5]
     """
-    chosen = _resolve(w, backend)
+    chosen = resolve(w, backend)
     if chosen is Backend.NATIVE:
         return _DOREFA_WEIGHT(w, bits)  # type: ignore[no-any-return]
     check_bits(w, bits)
@@ -605,7 +543,7 @@ def dorefa_activation(x: Tensor, bits: int, *, backend: Backend = Backend.AUTO) 
     >>> dorefa_activation(torch.tensor([-0.5, 0.3, 0.6, 2.0]), bits=1).tolist()
     [0.0, 0.0, 1.0, 1.0]
     """
-    chosen = _resolve(x, backend)
+    chosen = resolve(x, backend)
     if chosen is Backend.NATIVE:
         return _DOREFA_ACTIVATION(x, bits)  # type: ignore[no-any-return]
     check_bits(x, bits)
@@ -635,7 +573,7 @@ def quantize_gradient(grad: Tensor, bits: int, seed: Tensor, *, backend: Backend
     >>> quantize_gradient(torch.tensor([-1.0, 0.0, 1.0]), 8, torch.tensor(3)).abs().max().item() <= 1.0
     True
     """
-    chosen = _resolve(grad, backend)
+    chosen = resolve(grad, backend)
     if chosen is Backend.NATIVE:
         return _DOREFA_GRADIENT(grad, bits, seed)  # type: ignore[no-any-return]
     check_bits(grad, bits)

@@ -37,6 +37,14 @@ constexpr Isa kAll[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512};
 
 Isa current_isa() { return chosen().load(std::memory_order_relaxed); }
 
+bool has_vector_popcount() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512vpopcntdq");
+#else
+  return false;
+#endif
+}
+
 std::string isa_name(Isa isa) {
   constexpr const char* names[] = {"baseline", "avx2", "avx512"};
   return names[static_cast<int>(isa)];

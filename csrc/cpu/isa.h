@@ -9,6 +9,8 @@ namespace quantkern::cpu {
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
 Isa current_isa();
+// Whether AVX-512 has VPOPCNTDQ here, which its first processors lack.
+bool has_vector_popcount();
 // Throws std::invalid_argument for a name that is unknown or that this processor lacks.
 void set_isa(const std::string& name);
 std::vector<std::string> supported_isas();

@@ -6,7 +6,8 @@ device and why not, and the kernel modules are loaded when one of their function
     numerics.py                  what is computed, one element at a time (twin of csrc/numerics)
     layout.py                    how a tensor is seen by a kernel: outer x channels x inner in memory order
     min_max.py                   the statistics pass, and the cut of a tensor that every reducing operation shares
-    fake_quantize*.py lsq.py dorefa_*.py   one module an operation: its kernels and its host function
+    fake_quantize*.py lsq.py dorefa_*.py binarize.py pack*.py binary_*.py   one module an operation: its kernels and its
+                                 host function; no module has the name of a function here, which it would hide
 
 The functions take checked arguments and know nothing of autograd; quantkern.functional does both. Nothing here waits
 for the device: scales, ranges, flags and steps are read by the kernels, so a call can be captured in a CUDA graph.
@@ -25,6 +26,9 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from quantkern.triton.binarize import binarize_forward
+    from quantkern.triton.binary_conv2d import binary_conv2d_forward, binary_conv2d_sign_forward
+    from quantkern.triton.binary_matmul import binary_matmul_forward, binary_matmul_sign_forward
     from quantkern.triton.dorefa_activation import dorefa_activation_forward
     from quantkern.triton.dorefa_gradient import quantize_gradient
     from quantkern.triton.dorefa_weight import dorefa_weight_backward, dorefa_weight_forward
@@ -36,9 +40,16 @@ if TYPE_CHECKING:
     from quantkern.triton.fake_quantize_activation import fake_quantize_activation_forward
     from quantkern.triton.fake_quantize_weight import fake_quantize_weight_forward
     from quantkern.triton.lsq import lsq_backward, lsq_forward
+    from quantkern.triton.pack_signs import pack_signs_forward, unpack_signs_forward
+    from quantkern.triton.packed_max_pool2d import packed_max_pool2d_forward
 
 __all__ = [
     "available",
+    "binarize_forward",
+    "binary_conv2d_forward",
+    "binary_conv2d_sign_forward",
+    "binary_matmul_forward",
+    "binary_matmul_sign_forward",
     "dorefa_activation_forward",
     "quantize_gradient",
     "dorefa_weight_backward",
@@ -50,6 +61,9 @@ __all__ = [
     "fake_quantize_weight_forward",
     "lsq_backward",
     "lsq_forward",
+    "pack_signs_forward",
+    "packed_max_pool2d_forward",
+    "unpack_signs_forward",
 ]
 
 HOMES = {
@@ -64,6 +78,14 @@ HOMES = {
     "dorefa_weight_backward": "dorefa_weight",
     "dorefa_activation_forward": "dorefa_activation",
     "quantize_gradient": "dorefa_gradient",
+    "binarize_forward": "binarize",
+    "pack_signs_forward": "pack_signs",
+    "unpack_signs_forward": "pack_signs",
+    "binary_matmul_forward": "binary_matmul",
+    "binary_matmul_sign_forward": "binary_matmul",
+    "binary_conv2d_forward": "binary_conv2d",
+    "binary_conv2d_sign_forward": "binary_conv2d",
+    "packed_max_pool2d_forward": "packed_max_pool2d",
 }
 """The module that defines each function."""
 

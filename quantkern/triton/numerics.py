@@ -7,6 +7,7 @@
     EMA        running = running * keep + batch * take; the first batch stands for "running"
     LSQ        the gradients of a learned step size and zero point
     DoReFa     q(z) = rint(z * n) / n, n = 2^bits - 1, of tanh(w), of clip(x, 0, 1) and, with Philox noise, of gradients
+    signs      bit i % 32 of word i // 32 is 1 where x_i >= 0; words are uint32 in kernels, int32 in tensors
 
 All arithmetic is float32 and equals the reference bit for bit. Three things see to that: kernels are launched with
 ``layout.LAUNCH`` (no contraction of a * b + c), divisions are ``div_rn`` (``/`` may be an approximation on a GPU) and
@@ -17,7 +18,8 @@ with it first NaN is dropped.
 
 Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
 2018 (eq. 1, sections 3 and 3.1); Esser et al., "Learned Step Size Quantization", 2020 (eq. 3 and 5); Zhou et al.,
-"DoReFa-Net", 2016 (sections 2.3 to 2.5); Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
+"DoReFa-Net", 2016 (sections 2.3 to 2.5); Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011;
+Courbariaux et al., "Binarized Neural Networks", 2016 (sections 1.1 and 1.5).
 """
 
 # triton ships no types, so triton.jit is untyped.
@@ -278,3 +280,50 @@ def philox(seed: tl.tensor, block: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.
 def centered_uniform(word: tl.tensor) -> tl.tensor:
     """Uniform in [-1/2, 1/2), on a grid of 2^-24."""
     return (word >> 8).to(tl.float32) * 2.0**-24 - 0.5
+
+
+@triton.jit
+def sign_bit(x: tl.tensor) -> tl.tensor:
+    """Whether the sign of a float32 x is +1: of 0.0 and -0.0 it is, of NaN it is not."""
+    return x >= 0.0
+
+
+@triton.jit
+def popcount(word: tl.tensor) -> tl.tensor:
+    """How many bits of a uint32 word are 1, as int32."""
+    # Compilers know these steps for the machine's own instruction; a call to it could not be interpreted.
+    v = word - ((word >> 1) & 0x55555555)
+    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+    v = (v + (v >> 4)) & 0x0F0F0F0F
+    return (tl.mul(v, 0x01010101, sanitize_overflow=False) >> 24).to(tl.int32)
+
+
+@triton.jit
+def as_words(stored: tl.tensor) -> tl.tensor:
+    """int32 as it is stored as uint32, whose shifts bring in zeros."""
+    return stored.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def bits_in_use(word: tl.tensor, words: tl.tensor, last_bits: tl.tensor) -> tl.tensor:
+    """1 where word number ``word`` of a row of ``words`` holds a sign; the last one holds last_bits of them."""
+    full = tl.full(word.shape, 0xFFFFFFFF, tl.uint32)
+    return tl.where(word == words - 1, full >> tl.cast(32 - last_bits, tl.uint32), full)
+
+
+@triton.jit
+def pack_bits(flags: tl.tensor, ROWS: tl.constexpr, WORDS: tl.constexpr) -> tl.tensor:
+    """Flags [ROWS, WORDS * 32] as stored words [ROWS, WORDS]."""
+    bits = tl.reshape(flags.to(tl.uint32), (ROWS, WORDS, 32)) << tl.arange(0, 32).to(tl.uint32)[None, None, :]
+    return tl.sum(bits, axis=2).to(tl.uint32).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def spread_bits(
+    words: tl.tensor, factor: tl.constexpr, less: tl.tensor, ROWS: tl.constexpr, WORDS: tl.constexpr
+) -> tl.tensor:
+    """bit * factor - less of words [ROWS, WORDS] as int8 [ROWS, WORDS * 32]; less is 0 or an int32 a word."""
+    bits = ((words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]) & 1).to(tl.int32)
+    if factor != 1:
+        bits = bits * factor - less[:, :, None]
+    return tl.reshape(bits, (ROWS, WORDS * 32)).to(tl.int8)

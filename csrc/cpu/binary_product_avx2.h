@@ -1,0 +1,324 @@
+// Products of packed rows by table lookup, 256 bits wide. Included inside the avx2 namespace; no include guard.
+//
+//   formula   For a nibble v of a weight row and b of a left row, t = popcount(v & b) - ceil(popcount(v) / 2) -
+//             floor(popcount(b) / 2) + 2 is 0, 1 or 2, and
+//             dot = length - 2 * bits + 4 * sum(t) + 2 * odd(weights) - 2 * odd(left), odd = nibbles with an odd count
+//   layout    Left rows become tables of 16 bytes a nibble, one for two rows: t of the first + 16 * t of the second.
+//             Weights, arranged, are the indices: one shuffle looks up 32 weight rows for two left rows.
+//             A segment is 128 nibbles: 18 groups of 7, whose sums fit in four bits, and two nibbles more
+//   bytes     a weight bit is read once for every 64 left rows; tables are 8 bytes a left nibble
+//   numerics  exact; fields of four bits are added up without carries into each other, see `decode`
+
+constexpr int64_t kPanel = 8;                // left rows whose tables are used together: 4 tables
+constexpr int64_t kGroupRows = 64;           // left rows an item takes at most
+constexpr int64_t kTableBytes = 64;          // of a panel, a nibble
+constexpr int64_t kSegmentBytes = 64;        // of a row: 128 nibbles
+constexpr int64_t kGroup = 7;                // nibbles whose t add up to at most 14
+constexpr int64_t kPanelsBytes = 512 << 10;  // tables of an item should stay in the second-level cache
+constexpr int64_t kBlockBytes = 8192;        // of a row: sums of t up to here fit in 16 bits
+
+QK_LANE int table_entry(int v, int b) {
+  return __builtin_popcount(v & b) - (__builtin_popcount(v) + 1) / 2 - __builtin_popcount(b) / 2 + 2;
+}
+
+// entry[b0 | b1 << 4] is the table of two left nibbles, or of one: single[b].
+struct Tables {
+  alignas(64) uint8_t pair[256][16];
+  alignas(64) uint8_t single[16][16];
+  Tables() {
+    for (int b = 0; b < 256; ++b)
+      for (int v = 0; v < 16; ++v)
+        pair[b][v] = static_cast<uint8_t>(table_entry(v, b & 15) + 16 * table_entry(v, b >> 4));
+    for (int b = 0; b < 16; ++b)
+      for (int v = 0; v < 16; ++v) single[b][v] = static_cast<uint8_t>(table_entry(v, b));
+  }
+};
+static const Tables& lookup_tables() {
+  static const Tables tables;
+  return tables;
+}
+
+static int64_t odd_nibbles(const uint8_t* row, int64_t bytes) {
+  int64_t odd = 0;
+  for (int64_t i = 0; i < bytes; i += 4) {
+    uint32_t word;
+    std::memcpy(&word, row + i, 4);
+    word ^= word >> 1;
+    word ^= word >> 2;
+    odd += __builtin_popcount(word & 0x11111111u);
+  }
+  return odd;
+}
+
+// Where an item keeps things in its scratch memory.
+struct Places {
+  int32_t *dots, *odd;
+  uint16_t* sums;
+  uint8_t *index, *tables, *rows;
+  size_t bytes;
+};
+static Places places(const BinaryProduct& p, int64_t count, uint8_t* memory) {
+  const int64_t panels = (count + kPanel - 1) / kPanel;
+  size_t at = 0;
+  const auto take = [&](size_t bytes) {
+    uint8_t* here = memory + at;
+    at += (bytes + 63) / 64 * 64;
+    return here;
+  };
+  Places s;
+  s.dots = reinterpret_cast<int32_t*>(take(panels * kPanel * kTile * sizeof(int32_t)));
+  s.odd = reinterpret_cast<int32_t*>(take(panels * kPanel * sizeof(int32_t)));
+  s.sums = reinterpret_cast<uint16_t*>(take(panels * kPanel * kTile * sizeof(uint16_t)));
+  s.index = take(2 * kSegmentBytes * kTile);
+  s.tables = take(panels * 2 * p.bytes * kTableBytes);
+  s.rows = take(panels * kPanel * p.bytes);
+  s.bytes = at;
+  return s;
+}
+
+static int64_t rows_together(const BinaryProduct& p) {
+  const int64_t panels = kPanelsBytes / (2 * (p.bytes ? p.bytes : 1) * kTableBytes);
+  return panels >= kGroupRows / kPanel ? kGroupRows : panels <= 1 ? kPanel : panels * kPanel;
+}
+
+static void make_tables(const uint8_t* rows, int64_t bytes, uint8_t* out) {
+  const Tables& tables = lookup_tables();
+  for (int64_t k = 0; k < bytes; ++k) {
+    for (int r = 0; r < kPanel / 2; ++r) {
+      const unsigned x = rows[2 * r * bytes + k], y = rows[(2 * r + 1) * bytes + k];
+      const auto* low = reinterpret_cast<const __m128i*>(tables.pair[(x & 15u) | (y & 15u) << 4]);
+      const auto* high = reinterpret_cast<const __m128i*>(tables.pair[x >> 4 | (y & 0xf0u)]);
+      auto* to = reinterpret_cast<__m128i*>(out + 2 * k * kTableBytes + r * 16);
+      _mm_store_si128(to, _mm_load_si128(low));
+      _mm_store_si128(to + kTableBytes / 16, _mm_load_si128(high));
+    }
+  }
+}
+
+static bool prepare(const BinaryProduct& p, int64_t first, int64_t count, Scratch& scratch) {
+  uint8_t* memory = scratch.get(places(p, count, nullptr).bytes);
+  if (!memory) return false;
+  const Places s = places(p, count, memory);
+  const int64_t panels = (count + kPanel - 1) / kPanel;
+  p.rows(p.source, first, count, s.rows);
+  std::memset(s.rows + count * p.bytes, 0, (panels * kPanel - count) * p.bytes);
+  for (int64_t r = 0; r < panels * kPanel; ++r)
+    s.odd[r] = static_cast<int32_t>(odd_nibbles(s.rows + r * p.bytes, p.bytes));
+  if (count == 1) return true;
+  for (int64_t panel = 0; panel < panels; ++panel)
+    make_tables(s.rows + panel * kPanel * p.bytes, p.bytes, s.tables + panel * 2 * p.bytes * kTableBytes);
+  return true;
+}
+
+// Blocks of 32 arranged weight rows as one nibble a byte: [nibble][kBlocks][32].
+template <int kBlocks>
+static void split_nibbles(const uint8_t* arranged, int64_t block_stride, int64_t bytes, uint8_t* index) {
+  const __m256i low = _mm256_set1_epi8(15);
+  for (int64_t k = 0; k < bytes; ++k) {
+    for (int w = 0; w < kBlocks; ++w) {
+      const __m256i both =
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(arranged + w * block_stride + k * kRowsTogether));
+      auto* to = reinterpret_cast<__m256i*>(index + (2 * k * kBlocks + w) * kRowsTogether);
+      _mm256_store_si256(to, _mm256_and_si256(both, low));
+      _mm256_store_si256(to + kBlocks, _mm256_and_si256(_mm256_srli_epi16(both, 4), low));
+    }
+  }
+}
+
+// What the groups of a segment add up to, byte by byte modulo 256: fields is sum(low + 16 * high) over a byte's two
+// fields; shifted, of 16-bit lanes moved right by four bits, sum(high of the even byte + 16 * low of the odd byte) in
+// the even byte and sum(high of the odd byte) in the odd one. Each sum is at most 18 * 14 = 252.
+struct Sums {
+  __m256i fields, shifted;
+};
+
+// The four sums of every 16-bit lane, and those of up to 6 nibbles more, added to 16 columns of two rows each.
+QK_LANE void decode(Sums s, __m256i rest, uint16_t* first, uint16_t* second) {
+  const __m256i byte = _mm256_set1_epi16(255), four = _mm256_set1_epi16(15);
+  const __m256i high_odd = _mm256_srli_epi16(s.shifted, 8);
+  const __m256i low_odd =
+      _mm256_and_si256(_mm256_sub_epi16(_mm256_srli_epi16(s.fields, 8), _mm256_slli_epi16(high_odd, 4)), byte);
+  const __m256i high_even = _mm256_and_si256(_mm256_sub_epi16(s.shifted, _mm256_slli_epi16(low_odd, 4)), byte);
+  const __m256i low_even = _mm256_and_si256(_mm256_sub_epi16(s.fields, _mm256_slli_epi16(high_even, 4)), byte);
+  const auto add = [](uint16_t* to, __m256i sum, __m256i more) {
+    auto* at = reinterpret_cast<__m256i*>(to);
+    _mm256_store_si256(at, _mm256_add_epi16(_mm256_load_si256(at), _mm256_add_epi16(sum, more)));
+  };
+  add(first, low_even, _mm256_and_si256(rest, four));
+  add(first + 16, low_odd, _mm256_and_si256(_mm256_srli_epi16(rest, 8), four));
+  add(second, high_even, _mm256_and_si256(_mm256_srli_epi16(rest, 4), four));
+  add(second + 16, high_odd, _mm256_srli_epi16(rest, 12));
+}
+
+// One nibble, kBlocks x kPairs lookups.
+template <int kBlocks, int kPairs>
+QK_LANE void look_up(const uint8_t* tables, const uint8_t* index, __m256i (&sum)[kPairs][kBlocks]) {
+  for (int r = 0; r < kPairs; ++r) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(tables) + r));
+    for (int w = 0; w < kBlocks; ++w) {
+      const __m256i at = _mm256_load_si256(reinterpret_cast<const __m256i*>(index) + w);
+      sum[r][w] = _mm256_add_epi8(sum[r][w], _mm256_shuffle_epi8(table, at));
+    }
+  }
+}
+
+template <int kBlocks, int kPairs>
+static void add_groups(const uint8_t* tables, const uint8_t* index, int64_t groups, Sums (&sums)[kPairs][kBlocks]) {
+  for (int64_t g = 0; g < groups; ++g) {
+    __m256i sum[kPairs][kBlocks] = {};
+    for (int k = 0; k < kGroup; ++k)
+      look_up(tables + (g * kGroup + k) * kTableBytes, index + (g * kGroup + k) * kBlocks * kRowsTogether, sum);
+    for (int r = 0; r < kPairs; ++r) {
+      for (int w = 0; w < kBlocks; ++w) {
+        sums[r][w].fields = _mm256_add_epi8(sums[r][w].fields, sum[r][w]);
+        sums[r][w].shifted = _mm256_add_epi8(sums[r][w].shifted, _mm256_srli_epi16(sum[r][w], 4));
+      }
+    }
+  }
+}
+
+// The main case, all 16 registers by name: 12 sums, two of three index vectors, a table and what it gave. The compiler
+// would reorder the lookups and spill.
+#define QK_ONE(index, sum) "vpshufb " index ", %%ymm14, %%ymm15\n\tvpaddb %%ymm15, %%ymm" sum ", %%ymm" sum "\n\t"
+#define QK_PAIR(offset, a, b, c)                                                                \
+  "vbroadcasti128 " offset "(%[tables]), %%ymm14\n\t" QK_ONE("%%ymm12", a) QK_ONE("%%ymm13", b) \
+      QK_ONE("64(%[index])", c)
+#define QK_NIBBLE                                                                                \
+  "vmovdqa (%[index]), %%ymm12\n\tvmovdqa 32(%[index]), %%ymm13\n\t" QK_PAIR("0", "0", "1", "2") \
+      QK_PAIR("16", "3", "4", "5") QK_PAIR("32", "6", "7", "8")                                  \
+          QK_PAIR("48", "9", "10", "11") "addq $64, %[tables]\n\taddq $96, %[index]\n\t"
+#define QK_SET(index, sum) "vpshufb " index ", %%ymm14, %%ymm" sum "\n\t"
+#define QK_SET_PAIR(offset, a, b, c)                                                            \
+  "vbroadcasti128 " offset "(%[tables]), %%ymm14\n\t" QK_SET("%%ymm12", a) QK_SET("%%ymm13", b) \
+      QK_SET("64(%[index])", c)
+#define QK_FIRST_NIBBLE                                                                              \
+  "vmovdqa (%[index]), %%ymm12\n\tvmovdqa 32(%[index]), %%ymm13\n\t" QK_SET_PAIR("0", "0", "1", "2") \
+      QK_SET_PAIR("16", "3", "4", "5") QK_SET_PAIR("32", "6", "7", "8")                              \
+          QK_SET_PAIR("48", "9", "10", "11") "addq $64, %[tables]\n\taddq $96, %[index]\n\t"
+#define QK_ADD(offset, sum)                                                      \
+  "vpaddb " #offset "(%[sums]), %%ymm" #sum ", %%ymm14\n\tvpsrlw $4, %%ymm" #sum \
+  ", %%ymm15\n\t"                                                                \
+  "vmovdqa %%ymm14, " #offset "(%[sums])\n\tvpaddb 32+" #offset                  \
+  "(%[sums]), %%ymm15, %%ymm15\n\t"                                              \
+  "vmovdqa %%ymm15, 32+" #offset "(%[sums])\n\t"
+static void add_groups(const uint8_t* tables, const uint8_t* index, int64_t groups, Sums (&sums)[4][3]) {
+  if (groups == 0) return;
+  __asm__ volatile("1:\n\t" QK_FIRST_NIBBLE QK_NIBBLE QK_NIBBLE QK_NIBBLE QK_NIBBLE QK_NIBBLE QK_NIBBLE QK_ADD(0, 0)
+                       QK_ADD(64, 1) QK_ADD(128, 2) QK_ADD(192, 3) QK_ADD(256, 4) QK_ADD(320, 5) QK_ADD(384, 6)
+                           QK_ADD(448, 7) QK_ADD(512, 8) QK_ADD(576, 9) QK_ADD(640, 10)
+                               QK_ADD(704, 11) "decq %[groups]\n\tjnz 1b\n\t"
+                   : [tables] "+r"(tables), [index] "+r"(index), [groups] "+r"(groups)
+                   : [sums] "r"(&sums[0][0])
+                   : "memory", "cc", "ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9",
+                     "ymm10", "ymm11", "ymm12", "ymm13", "ymm14", "ymm15");
+}
+
+// A segment of one panel: adds sum(t) to kBlocks * 32 columns of 2 * kPairs rows, kTile apart.
+template <int kBlocks, int kPairs>
+static void add_segment(const uint8_t* tables, const uint8_t* index, int64_t nibbles, uint16_t* out) {
+  Sums sums[kPairs][kBlocks] = {};
+  const int64_t rest = nibbles >= 2 * kSegmentBytes ? 2 : nibbles % kGroup, groups = (nibbles - rest) / kGroup;
+  add_groups(tables, index, groups, sums);
+  __m256i more[kPairs][kBlocks] = {};
+  for (int64_t k = nibbles - rest; k < nibbles; ++k)
+    look_up(tables + k * kTableBytes, index + k * kBlocks * kRowsTogether, more);
+  for (int r = 0; r < kPairs; ++r)
+    for (int w = 0; w < kBlocks; ++w)
+      decode(sums[r][w], more[r][w], out + 2 * r * kTile + w * kRowsTogether,
+             out + (2 * r + 1) * kTile + w * kRowsTogether);
+}
+
+template <int kBlocks>
+static void add_panel(int64_t pairs, const uint8_t* tables, const uint8_t* index, int64_t nibbles, uint16_t* out) {
+  if (pairs == 4) return add_segment<kBlocks, 4>(tables, index, nibbles, out);
+  if (pairs == 3) return add_segment<kBlocks, 3>(tables, index, nibbles, out);
+  if (pairs == 2) return add_segment<kBlocks, 2>(tables, index, nibbles, out);
+  add_segment<kBlocks, 1>(tables, index, nibbles, out);
+}
+
+template <int kBlocks>
+static void add_tile(const BinaryProduct& p, const Places& s, int64_t count, const uint8_t* arranged, int64_t from,
+                     int64_t to) {
+  for (int64_t k = from; k < to; k += kSegmentBytes) {
+    const int64_t bytes = to - k < kSegmentBytes ? to - k : kSegmentBytes;
+    split_nibbles<kBlocks>(arranged + k * kRowsTogether, p.bytes * kRowsTogether, bytes, s.index);
+    for (int64_t r = 0; r < count; r += kPanel) {
+      const int64_t pairs = count - r >= kPanel ? kPanel / 2 : (count - r + 1) / 2;
+      add_panel<kBlocks>(pairs, s.tables + (r / kPanel * p.bytes + k) * 2 * kTableBytes, s.index, 2 * bytes,
+                         s.sums + r * kTile);
+    }
+  }
+}
+
+// One left row: tables of a byte a lookup, so that sums fit in bytes for 126 nibbles.
+template <int kBlocks>
+static void add_one_row(const BinaryProduct& p, const Places& s, int64_t, const uint8_t* arranged, int64_t begin,
+                        int64_t end) {
+  const Tables& tables = lookup_tables();
+  const int64_t stride = p.bytes * kRowsTogether;
+  const __m256i four = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
+  for (int64_t from = begin; from < end; from += 63) {
+    const int64_t to = end - from < 63 ? end : from + 63;
+    __m256i sum[kBlocks] = {};
+    for (int64_t k = from; k < to; ++k) {
+      const unsigned x = s.rows[k];
+      const auto table = [&](unsigned b) {
+        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(tables.single[b])));
+      };
+      const __m256i low = table(x & 15u), high = table(x >> 4);
+      for (int w = 0; w < kBlocks; ++w) {
+        const __m256i both =
+            _mm256_load_si256(reinterpret_cast<const __m256i*>(arranged + w * stride + k * kRowsTogether));
+        sum[w] = _mm256_add_epi8(sum[w], _mm256_shuffle_epi8(low, _mm256_and_si256(both, four)));
+        sum[w] = _mm256_add_epi8(sum[w], _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(both, 4), four)));
+      }
+    }
+    for (int w = 0; w < kBlocks; ++w) {
+      auto* at = reinterpret_cast<__m256i*>(s.sums + w * kRowsTogether);
+      _mm256_store_si256(at, _mm256_add_epi16(_mm256_load_si256(at), _mm256_and_si256(sum[w], byte)));
+      _mm256_store_si256(at + 1, _mm256_add_epi16(_mm256_load_si256(at + 1), _mm256_srli_epi16(sum[w], 8)));
+    }
+  }
+}
+
+template <int kBlocks>
+static void add_rows(const BinaryProduct& p, const Places& s, int64_t count, const uint8_t* arranged, int64_t from,
+                     int64_t to) {
+  (count == 1 ? add_one_row<kBlocks> : add_tile<kBlocks>)(p, s, count, arranged, from, to);
+}
+
+// dots = 4 * sum(t) + what does not depend on both rows; sum(t) starts anew every kBlockBytes of a row.
+static void begin_dots(const BinaryProduct& p, const Places& s, int64_t count, int64_t column) {
+  const auto* odd = reinterpret_cast<const int32_t*>(p.arranged + arranged_rows(p.n) * p.bytes) + column;
+  const int32_t base = static_cast<int32_t>(p.length - 16 * p.bytes);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t c = 0; c < kTile; ++c) s.dots[r * kTile + c] = base - 2 * s.odd[r];
+  const int64_t width = arranged_rows(p.n) - column < kTile ? arranged_rows(p.n) - column : kTile;
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t c = 0; c < width; ++c) s.dots[r * kTile + c] += 2 * odd[c];
+}
+
+static void take_sums(const Places& s, int64_t count) {
+  for (int64_t i = 0; i < count * kTile; ++i) s.dots[i] += 4 * static_cast<int32_t>(s.sums[i]);
+}
+
+static void columns(const BinaryProduct& p, int64_t first, int64_t count, int64_t begin, int64_t end,
+                    Scratch& scratch) {
+  const Places s = places(p, count, scratch.get(0));
+  for (int64_t column = begin; column < end; column += kTile) {
+    const int64_t width = end - column < kTile ? end - column : kTile;
+    const int64_t blocks = (width + kRowsTogether - 1) / kRowsTogether;
+    const uint8_t* arranged = p.arranged + column * p.bytes;
+    begin_dots(p, s, count, column);
+    for (int64_t from = 0; from < p.bytes; from += kBlockBytes) {
+      const int64_t to = p.bytes - from < kBlockBytes ? p.bytes : from + kBlockBytes;
+      std::memset(s.sums, 0, ((count + kPanel - 1) / kPanel * kPanel) * kTile * sizeof(uint16_t));
+      const auto add = blocks == 3 ? add_rows<3> : blocks == 2 ? add_rows<2> : add_rows<1>;
+      add(p, s, count, arranged, from, to);
+      take_sums(s, count);
+    }
+    write_output(p, first, count, column, width, s.dots);
+  }
+}
+
+static const BinaryKernels binary_kernels{true, kTile, rows_together, prepare, columns};
