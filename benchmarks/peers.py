@@ -16,11 +16,16 @@ import importlib.util
 import io
 import logging
 import os
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -482,40 +487,55 @@ def _bitorch(name: str) -> Any:
         ) from None
 
 
+LARQ_CONVERTER = """
+import sys
+import larq, larq_compute_engine, numpy, tensorflow
+folder, batch, height, width, channels, stride = sys.argv[1], *map(int, sys.argv[2:])
+weight = numpy.load(folder + "/weight.npy")
+layer = larq.layers.QuantConv2D(
+    weight.shape[-1], weight.shape[0], strides=stride, padding="same", pad_values=0.0,
+    input_quantizer="ste_sign", kernel_quantizer="ste_sign", use_bias=False,
+)
+images = tensorflow.keras.layers.Input((height, width, channels), batch_size=batch)
+model = tensorflow.keras.Sequential([images, layer])
+layer.set_weights([weight])
+open(folder + "/model.tflite", "wb").write(larq_compute_engine.convert_keras_model(model))
+"""
+"""Builds and converts a model of one layer. A process of its own: TensorFlow's LLVM and Triton's cannot share one."""
+
+
 def larq_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, threads: int) -> Callable[[], Tensor]:
     """Larq compute engine with its indirect kernel, the fastest it has off ARM; inputs and outputs are numpy's, NHWC.
 
     Off ARM it runs portable kernels and says that they are not made for speed.
     """
-    outputs, _, kernel, _ = weight.shape
-    if padding != (kernel - 1) // 2:
+    package = importlib.util.find_spec("larq_compute_engine")
+    if package is None or not package.submodule_search_locations:
+        raise Unsupported("is not installed: pip install 'numpy<2' tensorflow-cpu tf_keras larq larq-compute-engine")
+    kernel = weight.shape[2]
+    if stride != 1 or padding != (kernel - 1) // 2:
         raise Unsupported("pads as TensorFlow does")
-    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            import larq  # type: ignore[import-not-found,import-untyped]
-            import larq_compute_engine as engine  # type: ignore[import-not-found,import-untyped]
-            import tensorflow  # type: ignore[import-not-found,import-untyped]
-            from larq_compute_engine.tflite.python.interpreter import (  # type: ignore[import-not-found,import-untyped]
-                Interpreter,
-            )
-    except ImportError as error:
-        raise Unsupported(f"{error}: pip install tensorflow-cpu tf_keras larq larq-compute-engine") from None
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     batch, channels, height, width = x.shape
-    layer = larq.layers.QuantConv2D(
-        outputs, kernel, strides=stride, padding="same", pad_values=0.0,
-        input_quantizer="ste_sign", kernel_quantizer="ste_sign", use_bias=False,
-    )  # fmt: skip
-    keras = tensorflow.keras
-    model = keras.Sequential([keras.layers.Input((height, width, channels), batch_size=batch), layer])
-    layer.set_weights([weight.permute(2, 3, 1, 0).contiguous().numpy()])
-    with contextlib.redirect_stderr(io.StringIO()):
-        interpreter = Interpreter(engine.convert_keras_model(model), num_threads=threads, use_indirect_bgemm=True)
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "weight.npy", weight.permute(2, 3, 1, 0).contiguous().numpy())
+        sizes = map(str, (batch, height, width, channels, stride))
+        converted = subprocess.run(
+            [sys.executable, "-c", LARQ_CONVERTER, folder, *sizes],
+            env={**os.environ, "TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"},
+            capture_output=True,
+            text=True,
+        )
+        if converted.returncode:
+            raise Unsupported(f"conversion failed: {converted.stderr.strip().splitlines()[-1]}")
+        model = (Path(folder) / "model.tflite").read_bytes()
+    found = Path(package.submodule_search_locations[0]) / "tflite/python/interpreter_wrapper_lite.so"
+    spec = importlib.util.spec_from_file_location("interpreter_wrapper_lite", found)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)  # without the package, whose first line imports TensorFlow
+    spec.loader.exec_module(module)
+    interpreter = module.LiteInterpreter(model, threads, False, True, False)
     images = [x.permute(0, 2, 3, 1).contiguous().numpy()]
-    return lambda: torch.from_numpy(interpreter.interpreter.predict(images)[0]).permute(0, 3, 1, 2)
+    return lambda: torch.from_numpy(interpreter.predict(images)[0]).permute(0, 3, 1, 2)
 
 
 BINARY_DISTRIBUTIONS = ("numpy", "bitorch-engine", "larq", "larq-compute-engine", "tensorflow-cpu")

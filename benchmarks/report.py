@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from benchmarks import harness
 
@@ -32,17 +34,26 @@ SHOWN = {
 def table(name: str) -> str:
     """The markdown table of one result file."""
     document, results, _ = harness.read_json(harness.RESULTS / f"{name}.json")
+    if document["benchmark"] == "bnn":
+        return binary_table(name, document, results)
     cases: dict[str, dict[str, harness.Result]] = {}
+    backward: dict[str, harness.Result] = {}
     for result in results:
+        labels = {label: text for label, text in result.labels.items() if label != "direction"}
         if result.labels["direction"] == "both" and result.labels["shape"] in SHAPES:
-            cases.setdefault(" ".join(result.labels.values()), {})[result.contestant] = result
+            cases.setdefault(" ".join(labels.values()), {})[result.contestant] = result
+        elif result.labels["direction"] == "backward" and result.contestant == "quantkern":
+            backward[" ".join(labels.values())] = result
     peers = [peer for peer in SHOWN if any(peer in timed for timed in cases.values())]
-    rows = ["| operation | tensor | per | ours / copy | " + " | ".join(SHOWN[peer] for peer in peers) + " |"]
-    rows.append("|---" * (4 + len(peers)) + "|")
-    for timed in cases.values():
+    heads = ["operation", "tensor", "per", "ours / copy", *(["our backward"] if backward else [])]
+    rows = ["| " + " | ".join([*heads, *(SHOWN[peer] for peer in peers)]) + " |"]
+    rows.append("|---" * (len(heads) + len(peers)) + "|")
+    for case, timed in cases.items():
         ours = timed["quantkern"]
         cells = [ours.labels["operation"], ours.labels["shape"], ours.labels["per"], harness.figure(ours.to_floor)]
-        cells += [f"{harness.figure(timed[peer].to_ours)}x" if peer in timed else "" for peer in peers]
+        if backward:
+            cells.append(moved(backward[case]) if case in backward else "")
+        cells += [harness.ratio(timed[peer]) if peer in timed else "" for peer in peers]
         rows.append("| " + " | ".join(cells) + " |")
     machine, versions = document["machine"], document["versions"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
@@ -51,9 +62,130 @@ def table(name: str) -> str:
         f"Forward and backward, {document['arguments']['dtype']}, on {where}; torch {versions['torch']}, commit "
         f"{document['commit']['hash'][:10]}{changed}, {document['date'][:10]}. The last columns are other libraries' "
         "time over ours (more than 1: we are faster), medians of interleaved runs in one process; the fourth is our "
-        f"time over a plain copy of the same bytes. More shapes, and the forward alone: benchmarks/results/{name}.json."
+        f"time over a plain copy of the same bytes. More shapes, and {'the backward' if backward else 'the forward'} "
+        f"alone: benchmarks/results/{name}.json."
     )
-    return told + "\n\n" + "\n".join(rows) + "\n"
+    if backward:
+        floor = harness.figure(next(iter(backward.values())).floor_bytes_per_element)
+        told += (
+            f" *Our backward* alone, in bytes an element; no backward moves fewer than {floor}. First its time: the "
+            f"bytes that adding x and the gradient, which moves {floor}, would have moved in it (fewer: it "
+            "is faster than that addition; small tensors: most of it is the call). Then, by count, what the kernel "
+            "reads and writes, partial sums included."
+        )
+    stars = [
+        line.replace("* ", "\\* ", 1)
+        for line in harness.notes(one for timed in cases.values() for one in timed.values())
+    ]
+    return "\n".join([told, "", *rows, *(["", "<br>\n".join(stars)] if stars else [])]) + "\n"
+
+
+def moved(result: harness.Result) -> str:
+    """Bytes an element that our backward's time stands for, and those counted."""
+    counted = result.figures.get("counted_bytes")
+    by_time = f"{harness.figure(result.bytes_per_element)} B"
+    return by_time if counted is None else f"{by_time}; {harness.figure(counted)} B"
+
+
+BINARY_SHOWN = {
+    "quantkern packed": "ours, packed inputs",
+    "quantkern": "ours, packing included",
+    "quantkern sign": "ours, packed signs out",
+}
+"""Our forms in the table of binary networks, over float."""
+
+BINARY_PEERS = ("int8 torch._int_mm", "int8 onednn", "bitorch-engine", "larq")
+"""The peers of that table."""
+
+
+def by_case(results: Sequence[harness.Result]) -> dict[tuple[str, str], dict[str, harness.Result]]:
+    """Results by operation and shape, then by contestant."""
+    cases: dict[tuple[str, str], dict[str, harness.Result]] = {}
+    for result in results:
+        cases.setdefault((result.labels["operation"], result.labels["shape"]), {})[result.contestant] = result
+    return cases
+
+
+def fastest_float(timed: dict[str, harness.Result]) -> harness.Result | None:
+    """The float contestant with the smallest median."""
+    found = [result for name, result in timed.items() if name.startswith("float")]
+    return min(found, key=lambda result: result.p50_ms, default=None)
+
+
+def speedups(results: Sequence[harness.Result]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of benchmarks.bnn: ours over the fastest float contestant, and the peers' times over ours.
+
+    The peers' times are over ours with packing.
+    """
+    cases = {case: timed for case, timed in by_case(results).items() if fastest_float(timed)}
+    present = [peer for peer in BINARY_PEERS if any(peer in timed for timed in cases.values())]
+    columns = ["operation", "shape", "fastest float", "float ms", "ours ms", *BINARY_SHOWN.values()]
+    rows = []
+    for (operation, shape), timed in cases.items():
+        fastest = fastest_float(timed)
+        assert fastest is not None
+        ours = timed.get("quantkern")
+        row = [operation, shape, fastest.contestant]
+        row += [harness.figure(fastest.p50_ms), harness.figure(ours.p50_ms if ours else None)]
+        row += [
+            harness.figure(fastest.p50_ms / timed[form].p50_ms, "x") if form in timed else "" for form in BINARY_SHOWN
+        ]
+        rows.append(row + [harness.ratio(timed[peer]) if peer in timed else "" for peer in present])
+    return [*columns, *present], rows
+
+
+def packed_figures(results: Sequence[harness.Result]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the other figures: packing over reading, bytes kept for the backward, megabytes of state."""
+    rows = []
+    for (operation, shape), timed in by_case(results).items():
+        ours = timed.get("quantkern")
+        if ours is None:
+            continue
+        if operation == "pack_signs":
+            floor, copied = timed.get("floor"), timed.get("copy")
+            copy = f" (copying: {harness.figure(copied.p50_ms)} ms)" if copied else ""
+            rows.append(
+                [f"time of pack_signs over reading {shape}", f"{harness.figure(ours.p50_ms)} ms",
+                 f"{harness.figure(floor.p50_ms if floor else None)} ms{copy}", harness.figure(ours.to_floor, "x")]
+            )  # fmt: skip
+            continue
+        key, unit, what = {
+            "training": ("saved_bytes", 1e6, f"MB kept for the backward, {shape}, the float layer's over ours"),
+            "vgg": ("megabytes", 1.0, f"MB of the VGG's state_dict, {shape}, float over packed"),
+        }.get(operation, ("", 1.0, ""))
+        other = timed.get("float layer" if operation == "training" else "float")
+        if key and other:
+            mine, theirs = ours.figures[key] / unit, other.figures[key] / unit
+            numbers = (harness.figure(mine), harness.figure(theirs), harness.figure(theirs / mine, "x"))
+            rows.append([what, *numbers])
+    return ["figure", "ours", "other", "ratio"], rows
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def binary_table(name: str, document: dict[str, Any], results: Sequence[harness.Result]) -> str:
+    """The markdown tables of benchmarks.bnn."""
+    machine, versions = document["machine"], document["versions"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    changed = " with uncommitted changes" if document["commit"]["dirty"] else ""
+    told = (
+        f"Binary networks on {where}, {machine['quantkern']}; torch {versions['torch']}, commit "
+        f"{document['commit']['hash'][:10]}{changed}, {document['date'][:10]}. *Ours* are times as fast as the "
+        "fastest float32 contestant, which is named (both orientations of a product, layouts and prepacked weights of "
+        "a convolution, a frozen network); the last columns are other libraries' time over ours with packing. Medians "
+        "of interleaved runs in one process; every binary result was first found equal to that of +-1 in floats. "
+        f"All contestants: benchmarks/results/{name}.json."
+    )
+    parts = [told, "", *markdown(*speedups(results))]
+    columns, rows = packed_figures(results)
+    if rows:
+        parts += ["", *markdown(columns, rows)]
+    stars = [line.replace("* ", "\\* ", 1) for line in harness.notes(results)]
+    return "\n".join([*parts, *(["", "<br>\n".join(stars)] if stars else [])]) + "\n"
 
 
 def accuracy(name: str) -> str:

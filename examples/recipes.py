@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import models
 from torch import nn
 from torch.optim import Optimizer
 
-from quantkern import DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quantizer
+from quantkern import BNNQuantizer, DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quantizer
 
 
 class Quantizer(Protocol):
@@ -35,13 +36,14 @@ class Recipe:
     """A way to train a model.
 
     weights, activations: their bits. make: the quantizer of a model, given its optimizer and the number of steps in
-    an epoch; None trains the float model.
+    an epoch; None trains the float model. prepare: what is done to a new model before its optimizer is built.
     """
 
     weights: int
     activations: int
     make: MakeQuantizer | None
     what: str
+    prepare: Callable[[nn.Module], nn.Module] = models.as_built
 
 
 def naive(model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> Quantizer:  # noqa: ARG001
@@ -98,6 +100,15 @@ def dorefa(weights: int, inputs: int = 32, gradients: int = 32) -> MakeQuantizer
     return make
 
 
+def bnn(model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> Quantizer:  # noqa: ARG001
+    """The two inner layers with weights and inputs of one bit, clipped after every step."""
+    config_list: list[dict[str, object]] = [
+        {"quant_types": ["weight"], "quant_bits": 1, "op_names": ["conv2", "fc1"]},
+        {"quant_types": ["output"], "quant_bits": 1, "op_names": ["relu1.2", "relu2.2"]},
+    ]
+    return BNNQuantizer(model, config_list, optimizer)
+
+
 RECIPES = {
     "float": Recipe(32, 32, None, "no quantization"),
     "naive": Recipe(8, 32, naive, "NaiveQuantizer"),
@@ -105,7 +116,8 @@ RECIPES = {
     **{f"lsq-{bits}": Recipe(bits, bits, lsq(bits), "LsqQuantizer") for bits in (8, 4, 3, 2)},
     **{f"dorefa-w{bits}": Recipe(bits, 32, dorefa(bits), "DoReFaQuantizer") for bits in (4, 3, 2, 1)},
     "dorefa-w1a2g4": Recipe(1, 2, dorefa(1, 2, 4), "DoReFaQuantizer, gradients of 4 bits"),
+    "bnn": Recipe(1, 1, bnn, "BNNQuantizer", models.with_batch_norm),
 }
 
-ONE_OF_EACH = ("float", "naive", "qat", "lsq-4", "dorefa-w2")
+ONE_OF_EACH = ("float", "naive", "qat", "lsq-4", "dorefa-w2", "bnn")
 """One recipe for every quantizer."""

@@ -72,7 +72,7 @@ def train_one(
 ) -> Run:
     """Train one model from scratch and test it."""
     torch.manual_seed(seed)
-    model = setting.make_model()
+    model = recipe.prepare(setting.make_model())
     optimizer = torch.optim.Adam(model.parameters(), lr=setting.learning_rate)
     count = len(data.train_labels)
     per_epoch = steps_per_epoch(count, setting.batch_size)

@@ -1,14 +1,14 @@
 """quantkern: quantization-aware training with the API of NNI's quantizers and fused kernels underneath."""
 
-from quantkern import functional, reference
-from quantkern.backend import Backend
-from quantkern.functional import backends
-from quantkern.quantizers import DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quantizer
+from quantkern import functional, nn, reference
+from quantkern.backend import Backend, backends
+from quantkern.quantizers import BNNQuantizer, DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quantizer
 from quantkern.settings import reset_quant_scheme_dtype, set_quant_scheme_dtype
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BNNQuantizer",
     "Backend",
     "DoReFaQuantizer",
     "LsqQuantizer",
@@ -16,6 +16,7 @@ __all__ = [
     "QAT_Quantizer",
     "backends",
     "functional",
+    "nn",
     "reference",
     "reset_quant_scheme_dtype",
     "set_quant_scheme_dtype",

@@ -220,6 +220,7 @@ class Attachment:
 
     def __init__(self, plan: LayerPlan, kinds: Kinds, sizes: Sizes, device: torch.device, count_forwards: bool) -> None:
         self.name, self.layer = plan.name, plan.layer
+        self.own_class, self.computed_as = type(plan.layer), plan.computed_as
         tensors = (*plan.layer.parameters(recurse=False), *plan.layer.buffers(recurse=False), *plan.layer.parameters())
         device = next((tensor.device for tensor in tensors), device)
         label = plan.name or type(plan.layer).__name__
@@ -241,6 +242,8 @@ class Attachment:
     def attach(self) -> None:
         """Put everything on the layer."""
         layer = self.layer
+        if self.computed_as is not None:
+            layer.__class__ = self.computed_as
         if self.weight is not None:
             self.order = list(layer._parameters)
             parametrize.register_parametrization(layer, "weight", self.weight, unsafe=True)
@@ -264,6 +267,8 @@ class Attachment:
             delattr(self.layer, CHILD_NAME)
         if self.weight is not None:
             remove_parametrization(self.layer, self.weight, self.order)
+        if self.computed_as is not None and isinstance(self.layer, self.computed_as):
+            change_class(self.layer, self.computed_as, self.own_class)
 
     def refresh(self) -> None:
         """Bring a scale that follows the weight up to date with the weight as it is now."""
@@ -298,6 +303,15 @@ class Attachment:
             new = {name: module for name, module in own.items() if name != "weight" and name not in children}
             actions.append(lambda: children.update(new))
         return actions
+
+
+def change_class(layer: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    """Take ``new`` for ``old``, also where ``old`` is the base of a class that a parametrization made."""
+    own = type(layer)
+    if own is not old:
+        kept = {key: value for key, value in vars(own).items() if key not in ("__dict__", "__weakref__")}
+        new = type(own.__name__, tuple(new if base is old else base for base in own.__bases__), kept)
+    layer.__class__ = new
 
 
 def remove_parametrization(layer: nn.Module, parametrization: nn.Module, order: Sequence[str]) -> None:

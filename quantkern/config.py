@@ -124,6 +124,7 @@ class Form:
     spec: type[TensorSpec] = TensorSpec
     extras: Mapping[str, Extra] = field(default_factory=dict)
     refine: Callable[[str, TensorSpec, Mapping[str, Any]], TensorSpec] = as_read
+    max_bits: int = MAX_BITS
 
     @property
     def known_types(self) -> tuple[str, ...]:
@@ -133,12 +134,16 @@ class Form:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer to quantize: its dotted name in the model, the rule that chose it, and a spec by quant type."""
+    """One layer to quantize: its dotted name in the model, the rule that chose it, and a spec by quant type.
+
+    computed_as: a subclass of the layer's class whose forward the layer has while it is quantized; None: its own.
+    """
 
     name: str
     layer: nn.Module
     rule: str
     specs: Mapping[str, TensorSpec]
+    computed_as: type[nn.Module] | None = None
 
 
 def is_int(value: object) -> bool:
@@ -233,9 +238,9 @@ class _RuleReader:
     def specs(self, required: bool) -> dict[str, TensorSpec]:
         quant_types = self.quant_types(required)
         before = len(self.problems)
-        least = self.form.min_bits
-        fits = f"an integer from {least} to {MAX_BITS}"
-        bits = self.by_type("quant_bits", lambda v: is_int(v) and least <= v <= MAX_BITS, fits)
+        least, most = self.form.min_bits, self.form.max_bits
+        fits = f"an integer from {least} to {most}" if least < most else f"{most}"
+        bits = self.by_type("quant_bits", lambda v: is_int(v) and least <= v <= most, fits)
         bits_are_wrong = len(self.problems) > before
         schemes = self.by_type("quant_scheme", lambda v: v in QUANT_SCHEMES, f"one of {list(QUANT_SCHEMES)}")
         dtypes = self.by_type("quant_dtype", lambda v: v in QUANT_DTYPES, f"one of {list(QUANT_DTYPES)}")

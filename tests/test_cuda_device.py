@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_cuda_emulation import DTYPES, VIEWS, WEIGHT_VIEWS, axis_of, fresh_state, make_input, same
+from test_cuda_emulation_binary import CONVOLUTIONS, MATMULS, PACK_VIEWS, Convolution, dirty, equal, real, thresholds
 from test_cuda_emulation_learned import LSQ_VIEWS, check_lsq_gradients
 from torch import Tensor
 
@@ -170,6 +171,123 @@ def test_lsq_and_dorefa_in_other_layouts(layout: str) -> None:
     )  # fmt: skip
 
 
+def check_packing(view: tuple[int, int, int], dtype: torch.dtype, offset: int) -> None:
+    x = real(view, dtype, offset)
+    expected, counts = reference.pack_signs_counted(x, 1)
+    packed, ones = OPS.pack_signs_counted(on_device(x, offset), 1)
+    equal(packed.cpu(), expected)
+    equal(ones.cpu(), counts)
+    same(OPS.unpack_signs(packed, view[1], dtype).cpu(), reference.unpack_signs(expected, view[1], dtype))
+    y, mask = OPS.binarize_forward(on_device(x, offset), True)
+    same(y.cpu(), reference.binarize(x))
+    assert torch.equal(unpack(mask, x), x.abs() <= 1)
+
+
+def check_binary_matmul(sizes: tuple[int, int, int], offset: int) -> None:
+    """With and without arranged weights; padding bits are ignored."""
+    m, n, k = sizes
+    clean = reference.pack_signs(real((m, k), torch.float32)), reference.pack_signs(real((n, k), torch.float32, 1))
+    a, b = (on_device(dirty(t, k, 0), offset) for t in clean)
+    scale, bias = torch.linspace(-0.7, 0.3, n), torch.linspace(5.0, -3.0, n)
+    threshold, flip = thresholds(n, k)
+    for arranged in (None, OPS.arrange_signs(clean[1].cuda())):
+        y = OPS.binary_matmul(a, b, k, scale.cuda(), bias.cuda(), arranged)
+        equal(y.cpu(), reference.binary_matmul(*clean, k, scale, bias))
+        signs = OPS.binary_matmul_sign(a, b, k, threshold.cuda(), flip.cuda(), arranged)
+        equal(signs.cpu(), reference.binary_matmul_sign(*clean, k, threshold, flip))
+
+
+def check_binary_conv2d(case: Convolution, offset: int) -> None:
+    images, height, width, channels, columns, taps, *geometry = case
+    clean = (
+        reference.pack_signs(real((images, height, width, channels), torch.float32)),
+        reference.pack_signs(real((columns, *taps, channels), torch.float32, 1)),
+    )
+    x, weight = (on_device(dirty(t, channels, 0), offset) for t in clean)
+    scale, bias = torch.linspace(-0.7, 0.3, columns), torch.linspace(5.0, -3.0, columns)
+    expected = reference.binary_conv2d(*clean, channels, *geometry, scale, bias)
+    threshold, flip = thresholds(columns, channels)
+    signs = reference.binary_conv2d_sign(*clean, channels, *geometry, threshold, flip)
+    for arranged, last in ((None, False), (OPS.arrange_signs(clean[1].cuda()), True)):
+        y = OPS.binary_conv2d(x, weight, channels, *geometry, scale.cuda(), bias.cuda(), arranged, last)
+        equal(y.cpu(), expected)
+        assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        actual = OPS.binary_conv2d_sign(x, weight, channels, *geometry, threshold.cuda(), flip.cuda(), arranged)
+        equal(actual.cpu(), signs)
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", [*PACK_VIEWS, (32, 256, 784), (512, 4096, 1), (300, 4001, 1)], ids=str)
+def test_packing(view: tuple[int, int, int], dtype: torch.dtype, offset: int) -> None:
+    check_packing(view, dtype, offset)
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("sizes", [*MATMULS, (1, 4096, 4096), (8, 1000, 8192), (64, 1024, 8192)], ids=str)
+def test_binary_matmul(sizes: tuple[int, int, int], offset: int) -> None:
+    check_binary_matmul(sizes, offset)
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_binary_conv2d(case: Convolution, offset: int) -> None:
+    check_binary_conv2d(case, offset)
+
+
+@pytest.mark.parametrize("k", [4096, 4095, 4100])
+def test_many_tiles(k: int) -> None:
+    """Sizes at which every multiprocessor has several large tiles, against the float product, which is exact too."""
+    a, b = torch.randn(4133, k, device="cuda"), torch.randn(4010, k, device="cuda")
+    packed = OPS.pack_signs(a), OPS.pack_signs(b)
+    expected = OPS.binarize_forward(a, False)[0].double() @ OPS.binarize_forward(b, False)[0].double().t()
+    for _ in range(3):
+        assert torch.equal(OPS.binary_matmul(*packed, k), expected.float())
+    images, weight = torch.randn(8, 256, 56, 56, device="cuda"), torch.randn(300, 256, 3, 3, device="cuda")
+    packed = OPS.pack_signs(images, 1), OPS.pack_signs(weight, 1)
+    signs = (OPS.binarize_forward(t, False)[0].double() for t in (images, weight))
+    expected = torch.nn.functional.conv2d(*signs, padding=1).float()
+    actual = OPS.binary_conv2d(*packed, 256, [1, 1], [1, 1], [1, 1])
+    assert torch.equal(actual, expected)
+
+
+def test_binary_operations_in_a_graph() -> None:
+    """No host synchronisation; captured once and replayed on new images and weights."""
+    x, weight = torch.randn(4, 128, 9, 9, device="cuda"), torch.randn(40, 128, 3, 3, device="cuda")
+    threshold = torch.zeros(40, dtype=torch.int32, device="cuda")
+    flip = torch.zeros(2, dtype=torch.int32, device="cuda")
+    geometry = [1, 1], [1, 1], [1, 1]
+
+    def work() -> tuple[Tensor, ...]:
+        packed = OPS.pack_signs(x, 1), OPS.pack_signs(weight, 1)
+        signs = OPS.binary_conv2d_sign(*packed, 128, *geometry, threshold, flip)
+        pooled = OPS.packed_max_pool2d(signs, flip, [3, 3], [2, 2], [1, 1])
+        rows = pooled.view(-1, 2)
+        return OPS.binary_conv2d(*packed, 128, *geometry), pooled, OPS.binary_matmul(rows, rows[:5], 64)
+
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = work()
+    for _ in range(3):
+        x.copy_(torch.randn(x.shape))
+        weight.copy_(torch.randn(weight.shape))
+        graph.replay()
+        replayed = [value.clone() for value in outputs]
+        for value, wanted in zip(replayed, work(), strict=True):
+            equal(value.cpu(), wanted.cpu())
+        signs = reference.binary_conv2d_sign(
+            reference.pack_signs(x.cpu(), 1), reference.pack_signs(weight.cpu(), 1), 128, *map(tuple, geometry),
+            threshold.cpu(), flip.cpu(),
+        )  # fmt: skip
+        equal(replayed[1].cpu(), reference.packed_max_pool2d(signs, flip.cpu(), (3, 3), (2, 2), (1, 1)))
+
+
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("view", [*VIEWS, (32, 64, 3136), (1, 1, 6_422_529)], ids=str)
@@ -196,6 +314,21 @@ def test_smallest_cases(dtype: torch.dtype) -> None:
         check_dorefa(make_input(view, dtype, special=False), 1)
     for inner in (768, 4104, 8200):
         check_weight((1, 2, inner), dtype, 0)
+    for view in ((3, 64, 1), (3, 33, 1), (2, 65, 9)):
+        check_packing(view, dtype, 1)
+
+
+def test_smallest_binary_cases() -> None:
+    """One case of each kernel and tile of the products, small enough for a memory checker."""
+    tiles = 128 * torch.cuda.get_device_properties(0).multi_processor_count
+    for sizes in ((1, 33, 300), (3, 40, 256), (70, 65, 1300), (tiles, 100, 1152), (tiles, 3, 1100)):
+        check_binary_matmul(sizes, 0)
+    for case in (*CONVOLUTIONS[1:4], (tiles // 256 + 1, 16, 16, 128, 40, (3, 3), (1, 1), (1, 1), (1, 1))):
+        check_binary_conv2d(case, 0)
+    x = torch.randint(1 << 31, (2, 9, 7, 3), dtype=torch.int32)
+    flip = torch.randint(1 << 31, (3,), dtype=torch.int32)
+    pooled = OPS.packed_max_pool2d(x.cuda(), flip.cuda(), [3, 3], [2, 2], [1, 1])
+    equal(pooled.cpu(), reference.packed_max_pool2d(x, flip, (3, 3), (2, 2), (1, 1)))
 
 
 def test_no_host_synchronisation_and_graph_capture() -> None:
@@ -289,3 +422,6 @@ def test_more_than_2_to_31_elements() -> None:
     same(y[-1000:].cpu(), expected)
     assert torch.equal(unpack(mask[-125:], expected), passes)
     assert not y[:-1000].any()
+    packed = OPS.pack_signs(x)
+    equal(packed[-32:].cpu(), reference.pack_signs(x[-1000:].cpu()))
+    assert bool((packed[:-32] == -1).all())

@@ -16,6 +16,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
+import bnn_vgg  # noqa: E402
 import data  # noqa: E402
 import fashion_mnist  # noqa: E402
 import models  # noqa: E402
@@ -246,7 +247,8 @@ def test_quickstart_trains_with_every_quantizer(tmp_path: Path, capsys: pytest.C
     assert "100%" in printed.err
     for name in ONE_OF_EACH:
         if name != "float":
-            models.DigitsNet().load_state_dict(torch.load(exported / f"{name}-0.pth", weights_only=True), strict=True)
+            model = train.RECIPES[name].prepare(models.DigitsNet())
+            model.load_state_dict(torch.load(exported / f"{name}-0.pth", weights_only=True), strict=True)
             assert torch.load(exported / f"{name}-0-calibration.pth", weights_only=False)
 
 
@@ -256,6 +258,40 @@ def test_fashion_mnist_example_runs_on_files_from_a_folder(tmp_path: Path) -> No
         ["--dataset", "mnist", "--data", str(tmp_path), "--epochs", "1", "--batch-size", "20", "--quantizers", "qat"]
     )
     assert run.recipe == "qat"
+
+
+def test_bnn_vgg_trains_and_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mnist(tmp_path, count=40)
+    out, exported, threads = tmp_path / "run.json", tmp_path / "models", torch.get_num_threads()
+    options = ["--dataset", "mnist", "--data", str(tmp_path), "--epochs", "1", "--batch-size", "20", "--threads", "1"]
+    try:
+        bnn_vgg.main([*options, "--width", "0.0625", "--json", str(out), "--export", str(exported)])
+    finally:
+        torch.set_num_threads(threads)
+    written = json.loads(out.read_text())
+    assert written["packed"]["equal"] and written["packed"]["accuracy"] == written["accuracy"]
+    assert len(written["epochs"]) == 1 and written["settings"]["width"] == 0.0625 and "torch" in written["versions"]
+    assert written["packed"]["float_megabytes"] > 5 * written["packed"]["packed_megabytes"]
+    assert "scores equal" in capsys.readouterr().out
+    state = torch.load(exported / "bnn-vgg-full.pth", weights_only=True)
+    models.BinaryVGG(1, 10, 0.0625).load_state_dict(state, strict=True)
+    assert "features.3.weight_packed" in torch.load(exported / "bnn-vgg-full-packed.pth", weights_only=True)
+
+
+def test_bnn_vgg_reads_cifar10(tmp_path: Path) -> None:
+    write_cifar_python(tmp_path)
+    outcome = bnn_vgg.main(
+        ["--data", str(tmp_path), "--config", "nni", "--epochs", "1", "--batch-size", "10", "--width", "0.0625"]
+    )
+    assert outcome["data"] == "cifar10" and outcome["train_images"] == 20
+
+
+def test_bnn_vgg_on_the_float_network_and_without_data(tmp_path: Path) -> None:
+    write_mnist(tmp_path, count=20)
+    options = ["--dataset", "mnist", "--data", str(tmp_path), "--config", "float", "--epochs", "1", "--width", "0.0625"]
+    assert "packed" not in bnn_vgg.main(options)
+    with pytest.raises(SystemExit, match="data_batch_1.bin"):
+        bnn_vgg.main(["--dataset", "cifar10", "--data", str(tmp_path)])
 
 
 @pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--seeds", "two"], ["--quantizers", "qta"]])

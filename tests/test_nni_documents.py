@@ -1,4 +1,4 @@
-"""NNI's documentation of its Naive, QAT, LSQ and DoReFa quantizers: every block runs with only its import line changed.
+"""NNI's documentation of its Naive, QAT, LSQ, DoReFa and BNN quantizers, with only the import lines changed.
 
 The blocks are quoted from "Supported Quantization Algorithms on NNI" (v2.7). One has a typing error there, 'uint
 without its closing quote, which is mended here.
@@ -6,6 +6,7 @@ without its closing quote, which is mended here.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,17 @@ from torch import Tensor, nn
 
 from quantkern.settings import reset_quant_scheme_dtype
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+
+from models import BinaryVGG  # noqa: E402
+
 IMPORTS = {
     "from nni.algorithms.compression.pytorch.quantization import QAT_Quantizer": "from quantkern import QAT_Quantizer",
     "from nni.algorithms.compression.pytorch.quantization import LsqQuantizer": "from quantkern import LsqQuantizer",
     "from nni.algorithms.compression.pytorch.quantization import DoReFaQuantizer": (
         "from quantkern import DoReFaQuantizer"
     ),
+    "from nni.algorithms.compression.pytorch.quantization import BNNQuantizer": "from quantkern import BNNQuantizer",
     "from nni.compression.pytorch.quantization.settings import set_quant_scheme_dtype": (
         "from quantkern.settings import set_quant_scheme_dtype"
     ),
@@ -127,6 +133,25 @@ config_list = [{
 quantizer = DoReFaQuantizer(model, config_list)
 quantizer.compress()
 """
+
+
+BNN = """
+from nni.algorithms.compression.pytorch.quantization import BNNQuantizer
+model = VGG_Cifar10(num_classes=10)
+configure_list = [{
+'quant_bits': 1,
+'quant_types': ['weight'],
+'op_types': ['Conv2d', 'Linear'],
+'op_names': ['features.0', 'features.3', 'features.7', 'features.10', 'features.14', 'features.17', 'classifier.0', 'classifier.3']
+}, {
+'quant_bits': 1,
+'quant_types': ['output'],
+'op_types': ['Hardtanh'],
+'op_names': ['features.6', 'features.9', 'features.13', 'features.16', 'features.20', 'classifier.2', 'classifier.5']
+}]
+quantizer = BNNQuantizer(model, configure_list)
+model = quantizer.compress()
+"""  # noqa: E501
 
 
 class Mnist(nn.Module):
@@ -285,3 +310,26 @@ def test_dorefa() -> None:
         steps = (layer.weight.detach() + 1) * 255 / 2
         assert layer.weight.abs().max() <= 1 and torch.allclose(steps, steps.round(), atol=1e-3)
     train_a_step(model)
+
+
+def test_bnn() -> None:
+    """The document's network, an eighth as wide; its rules name every layer by type and by name."""
+    made = []
+
+    def vgg(num_classes: int) -> nn.Module:
+        made.append(BinaryVGG(3, num_classes, width=0.125))
+        return made[0]
+
+    scope = run(BNN, VGG_Cifar10=vgg)
+    model, quantizer = scope["model"], scope["quantizer"]
+    assert model is made[0]
+    assert quantizer.packed_layers == tuple(scope["configure_list"][0]["op_names"][2:])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    loss = nn.functional.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.tensor([1, 2, 3, 4]))
+    loss.backward()
+    optimizer.step()
+    quantizer.step()
+    matrices = [(old, new) for old, new in zip(before, model.parameters(), strict=True) if new.dim() > 1]
+    assert len(matrices) == 9 and all(not torch.equal(old, new) for old, new in matrices)
+    assert set(model.features[3].weight.unique().tolist()) == {-1.0, 1.0}

@@ -16,12 +16,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "quantkern"
 
 LEVELS = [
-    {"backend", "settings", "config", "reference", "ops", "_C", "_built_for"},
+    {"settings", "config", "reference", "ops", "_C", "_built_for"},
     {"triton"},
+    {"backend"},
+    {"binary"},
     {"functional"},
-    {"fake_quant", "learned", "observers"},
+    {"fake_quant", "learned", "binarized", "observers"},
     {"attach", "bn_fold"},
-    {"quantizers", "nn"},
+    {"nn"},
+    {"quantizers"},
     {"export", "report"},
 ]
 """A module may import from its own level and those above it in this list, never from one further down."""

@@ -74,7 +74,7 @@ int64_t columns_an_item(const BinaryProduct& p, int64_t groups, int64_t together
 
 void run_product(BinaryProduct p, const at::Tensor& weights, const std::optional<at::Tensor>& arranged) {
   if (p.m == 0 || p.n == 0) return;
-  const BinaryKernels& kernels = binary_kernels();
+  const BinaryKernels& kernels = binary_kernels(p.m, arranged.has_value());
   at::Tensor own;
   if (kernels.wants_arranged) {
     own = arranged.has_value() ? *arranged : arrange_signs_cpu(weights);

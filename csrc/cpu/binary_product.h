@@ -70,7 +70,8 @@ struct BinaryKernels {
   void (*columns)(const BinaryProduct& p, int64_t first, int64_t count, int64_t begin, int64_t end, Scratch& scratch);
 };
 
-const BinaryKernels& binary_kernels();
+// rows: on the left. arranged: the weights are there in arranged order.
+const BinaryKernels& binary_kernels(int64_t rows, bool arranged);
 
 // Rows of weights [n][bytes] in arranged order: blocks [begin, end) of kRowsTogether rows.
 void arrange_blocks(const uint8_t* weights, int64_t n, int64_t bytes, uint8_t* arranged, int64_t begin, int64_t end);

@@ -14,9 +14,9 @@ namespace quantkern::cpu {
 namespace {
 
 template <class Part, class F>
-std::vector<Part> by_stretches(int64_t numel, const F& loop) {
+std::vector<Part> by_stretches(int64_t numel, int64_t grain, const F& loop) {
   std::vector<Part> parts((numel + kSumStretch - 1) / kSumStretch);
-  at::parallel_for(0, static_cast<int64_t>(parts.size()), kGrain / kSumStretch, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, static_cast<int64_t>(parts.size()), grain / kSumStretch, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) parts[i] = loop(i * kSumStretch, std::min(numel, (i + 1) * kSumStretch));
   });
   return parts;
@@ -31,8 +31,9 @@ float statistic(const at::Tensor& in, int64_t bits) {
   const DType dtype = dtype_of(in);
   const void* w = in.const_data_ptr();
   double sum = 0;
-  for (double part : by_stretches<double>(
-           in.numel(), [&](int64_t begin, int64_t end) { return dorefa_loops().magnitude_sum(dtype, w, begin, end); }))
+  const auto loop = dorefa_loops().magnitude_sum;
+  for (double part :
+       by_stretches<double>(in.numel(), kGrain, [&](int64_t begin, int64_t end) { return loop(dtype, w, begin, end); }))
     sum += part;
   return static_cast<float>(sum / static_cast<double>(std::max<int64_t>(1, in.numel())));
 }
@@ -46,10 +47,13 @@ TensorPair dorefa_weight_cpu(const at::Tensor& x, int64_t bits) {
   const void* w = in.const_data_ptr();
   void* y = out.mutable_data_ptr();
   const float width = 2.0f * max_lane(kSmallestScale, tanh_lane(found));
-  for_stretches(in.numel(), [&](int64_t begin, int64_t end) {
-    bits == 1 ? loops.sign(dtype, w, y, begin, end, found)
-              : loops.weight(dtype, w, y, begin, end, width, dorefa_steps(bits));
-  });
+  for_stretches(
+      in.numel(),
+      [&](int64_t begin, int64_t end) {
+        bits == 1 ? loops.sign(dtype, w, y, begin, end, found)
+                  : loops.weight(dtype, w, y, begin, end, width, dorefa_steps(bits));
+      },
+      bits == 1 ? kGrain : kTanhGrain);
   return {out, at::scalar_tensor(found, x.options().dtype(at::kFloat))};
 }
 
@@ -67,8 +71,9 @@ at::Tensor dorefa_weight_backward_cpu(const at::Tensor& grad, const at::Tensor& 
   const at::Tensor kept = in.is_same(out) ? in.clone() : in;
   const void *w = kept.const_data_ptr(), *g = above.const_data_ptr();
   void* dw = out.mutable_data_ptr();
-  const auto parts = by_stretches<DorefaSums>(
-      in.numel(), [&](int64_t begin, int64_t end) { return loops.weight_gradient(dtype, w, g, dw, begin, end, m); });
+  const auto parts = by_stretches<DorefaSums>(in.numel(), kTanhGrain, [&](int64_t begin, int64_t end) {
+    return loops.weight_gradient(dtype, w, g, dw, begin, end, m);
+  });
   DorefaSums sums;
   for (const DorefaSums& part : parts) {
     sums.grad_tanh += part.grad_tanh;

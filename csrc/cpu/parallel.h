@@ -25,10 +25,13 @@ inline bool is_streamed(const at::Tensor& in, const at::Tensor& out) {
   return out.nbytes() >= kStreamBytes && !in.is_same(out);
 }
 
+// The same for elements that take ten times as long.
+constexpr int64_t kTanhGrain = 16384;
+
 template <class F>
-void for_stretches(int64_t numel, const F& f) {
+void for_stretches(int64_t numel, const F& f, int64_t grain = kGrain) {
   const int64_t stretches = (numel + kStretch - 1) / kStretch;
-  at::parallel_for(0, stretches, kGrain / kStretch,
+  at::parallel_for(0, stretches, grain / kStretch,
                    [&](int64_t begin, int64_t end) { f(begin * kStretch, std::min(numel, end * kStretch)); });
 }
 

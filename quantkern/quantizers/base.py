@@ -59,6 +59,7 @@ class Quantizer(nn.Module):
             sizes, batch_norms = run_dummy(model, plans, dummy_input)
             self.note_batch_norms(batch_norms)
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        plans = self.refine_plans(model, plans)
         delayed = [plan.layer for plan in plans if any(spec.start_step for spec in plan.specs.values())]
         self._attachments = [self._prepare(plan, sizes, device, optimizer is None) for plan in plans]
         self._attach()
@@ -78,6 +79,10 @@ class Quantizer(nn.Module):
 
     def note_batch_norms(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Called with (quantized layer, batch norm right behind it) as a dummy_input showed them."""
+
+    def refine_plans(self, model: nn.Module, plans: list[LayerPlan]) -> list[LayerPlan]:
+        """Called last before anything is changed; the plans to follow."""
+        return plans
 
     def _prepare(
         self, plan: LayerPlan, sizes: Mapping[str, Sizes], device: torch.device, count_forwards: bool

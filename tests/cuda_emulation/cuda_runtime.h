@@ -29,6 +29,9 @@ using cudaStream_t = void*;
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3() = default;
@@ -52,7 +55,7 @@ struct Barrier {
 };
 struct Warp {
   Barrier barrier;
-  alignas(8) unsigned char slot[kWarp][8];
+  alignas(8) unsigned char slot[kWarp][32];  // what a lane shows to the others
 };
 // Entered once through its context; afterwards it changes places with the scheduler by _longjmp, which unlike
 // swapcontext needs no system call.
@@ -143,18 +146,42 @@ inline cudaError_t run(const cudaLaunchConfig_t& config, std::function<void()> c
 
 inline void __syncthreads() { emulation::wait(emulation::block_barrier, static_cast<int>(blockDim.x)); }
 
-template <class V>
-V __shfl_xor_sync(unsigned, V value, int distance) {
-  const int lane = static_cast<int>(emulation::current) % emulation::kWarp;
-  emulation::Warp& warp = emulation::warps[emulation::current / emulation::kWarp];
-  static_assert(sizeof(V) <= sizeof(warp.slot[0]));
-  std::memcpy(warp.slot[lane], &value, sizeof value);
-  emulation::wait(warp.barrier, emulation::kWarp);
-  V received;
-  std::memcpy(&received, warp.slot[lane ^ distance], sizeof received);
-  emulation::wait(warp.barrier, emulation::kWarp);
+namespace emulation {
+
+inline int lane() { return static_cast<int>(current) % kWarp; }
+
+// Every lane of a warp gives a value; f(value_of) makes of them what this lane receives, value_of(i) being lane i's.
+template <class V, class F>
+auto exchange(const V& value, F f) {
+  Warp& warp = warps[current / kWarp];
+  static_assert(sizeof(V) <= sizeof(warp.slot[0]) && alignof(V) <= 8);
+  std::memcpy(warp.slot[lane()], &value, sizeof value);
+  wait(warp.barrier, kWarp);
+  const auto received = f([&](int from) -> const V& { return *reinterpret_cast<const V*>(warp.slot[from]); });
+  wait(warp.barrier, kWarp);
   return received;
 }
+
+}  // namespace emulation
+
+inline void __syncwarp() {
+  emulation::wait(emulation::warps[emulation::current / emulation::kWarp].barrier, emulation::kWarp);
+}
+
+template <class V>
+V __shfl_xor_sync(unsigned, V value, int distance) {
+  return emulation::exchange(value, [&](auto value_of) { return value_of(emulation::lane() ^ distance); });
+}
+
+inline unsigned __ballot_sync(unsigned, bool value) {
+  return emulation::exchange(value, [](auto value_of) {
+    unsigned bits = 0;
+    for (int i = 0; i < emulation::kWarp; ++i) bits |= static_cast<unsigned>(value_of(i)) << i;
+    return bits;
+  });
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 inline int atomicOr(int* address, int value) {
   const int old = *address;

@@ -5,6 +5,9 @@
 
 #include "../../csrc/cuda/ranges.cu"
 // ranges.cu comes first: the others launch what it defines.
+#include "../../csrc/cuda/binarize.cu"
+#include "../../csrc/cuda/binary_conv2d.cu"
+#include "../../csrc/cuda/binary_matmul.cu"
 #include "../../csrc/cuda/dorefa_activation.cu"
 #include "../../csrc/cuda/dorefa_gradient.cu"
 #include "../../csrc/cuda/dorefa_weight.cu"
@@ -12,6 +15,8 @@
 #include "../../csrc/cuda/fake_quantize_activation.cu"
 #include "../../csrc/cuda/fake_quantize_weight.cu"
 #include "../../csrc/cuda/lsq.cu"
+#include "../../csrc/cuda/pack_signs.cu"
+#include "../../csrc/cuda/packed_max_pool2d.cu"
 
 namespace {
 
@@ -40,6 +45,10 @@ class Workspace {
   int64_t bytes_;
   std::vector<Unit> memory_;
 };
+
+Window window_of(const int64_t* w) {
+  return {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12], w[13]};
+}
 
 }  // namespace
 
@@ -158,5 +167,58 @@ int dorefa_gradient(int dtype, const void* grad, void* out, const int64_t* view,
   if (const cudaError_t error = dorefa_gradient_workspace_bytes(arguments, bytes)) return error;
   Workspace workspace(bytes);
   return workspace.checked(launch_dorefa_gradient(arguments, workspace.data(), nullptr));
+}
+
+// Whether the tensor cores multiply bits, or bytes as where products of bits are emulated.
+void set_bit_products(int present) { emulation::bit_products = present != 0; }
+
+int binarize(int dtype, const void* x, void* y, uint8_t* mask, int64_t numel) {
+  return launch_binarize({static_cast<DType>(dtype), x, y, mask, numel}, nullptr);
+}
+
+int pack_signs(int dtype, const void* x, uint32_t* packed, const int64_t* view) {
+  return launch_pack_signs({static_cast<DType>(dtype), x, packed, {view[0], view[1], view[2]}}, nullptr);
+}
+
+int unpack_signs(int dtype, const uint32_t* packed, void* y, int64_t rows, int64_t k) {
+  return launch_unpack_signs({static_cast<DType>(dtype), packed, y, rows, k}, nullptr);
+}
+
+int count_signs(const uint32_t* packed, int64_t rows, int64_t words, int* counts) {
+  return launch_count_signs(packed, rows, words, counts, nullptr);
+}
+
+int packed_max_pool2d(const uint32_t* x, const uint32_t* flip, uint32_t* y, const int64_t* window) {
+  return launch_packed_max_pool2d(x, flip, y, window_of(window), nullptr);
+}
+
+// sizes: m, n, k
+int binary_matmul(const uint32_t* a, const uint32_t* b, const int64_t* sizes, const int* b_ones, float* y,
+                  const float* scale, const float* bias) {
+  return launch_binary_matmul({a, b, sizes[0], sizes[1], sizes[2], b_ones}, FloatOutput{y, scale, bias, sizes[1], 1},
+                              nullptr);
+}
+
+int binary_matmul_sign(const uint32_t* a, const uint32_t* b, const int64_t* sizes, const int* b_ones, uint32_t* y,
+                       const int* threshold, const uint32_t* flip) {
+  return launch_binary_matmul({a, b, sizes[0], sizes[1], sizes[2], b_ones}, SignOutput{y, threshold, flip, sizes[1]},
+                              nullptr);
+}
+
+// sizes: columns, channels
+int binary_conv2d(const uint32_t* x, const uint32_t* weight, const int64_t* window, const int64_t* sizes,
+                  const int* weight_ones, float* y, const float* scale, const float* bias, int64_t plane) {
+  const BinaryConv2dArguments arguments = {x, weight, window_of(window), sizes[0], sizes[1], weight_ones};
+  Workspace workspace(binary_conv2d_workspace_bytes(arguments));
+  return workspace.checked(
+      launch_binary_conv2d(arguments, FloatOutput{y, scale, bias, sizes[0], plane}, workspace.data(), nullptr));
+}
+
+int binary_conv2d_sign(const uint32_t* x, const uint32_t* weight, const int64_t* window, const int64_t* sizes,
+                       const int* weight_ones, uint32_t* y, const int* threshold, const uint32_t* flip) {
+  const BinaryConv2dArguments arguments = {x, weight, window_of(window), sizes[0], sizes[1], weight_ones};
+  Workspace workspace(binary_conv2d_workspace_bytes(arguments));
+  return workspace.checked(
+      launch_binary_conv2d(arguments, SignOutput{y, threshold, flip, sizes[0]}, workspace.data(), nullptr));
 }
 }
