@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -192,9 +193,12 @@ def accuracy(name: str) -> str:
     """The markdown table of an example's runs."""
     document = json.loads((harness.RESULTS / f"{name}.json").read_text())
     scores: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     for run in document["runs"]:
         scores.setdefault(run["recipe"], []).append(run["accuracy"])
+        times.setdefault(run["recipe"], []).append(run["ms_per_step"])
     means = {recipe: sum(values) / len(values) for recipe, values in scores.items()}
+    steps = {recipe: statistics.median(values) for recipe, values in times.items()}
     settings, machine = document["settings"], document["machine"]
     told = (
         f"Test accuracy on {document['data']}, {document['train_images']} training images, every recipe from scratch: "
@@ -202,8 +206,11 @@ def accuracy(name: str) -> str:
         f"{machine['cpu']}, {machine['threads']} threads, torch {document['versions']['torch']}, commit "
         f"{document['commit']['hash'][:10]}, {document['date'][:10]}. Recipes: examples/recipes.py."
     )
-    rows = ["| recipe | accuracy % | points from float |", "|---|---|---|"]
-    rows += [f"| {recipe} | {mean:.2f} | {mean - means['float']:+.2f} |" for recipe, mean in means.items()]
+    rows = ["| recipe | accuracy % | +- | points from float | step, median of seeds |", "|---|---|---|---|---|"]
+    for recipe, mean in means.items():
+        spread = f"{statistics.stdev(scores[recipe]):.2f}" if len(scores[recipe]) > 1 else "-"
+        against = f"{mean - means['float']:+.2f} | {steps[recipe] / steps['float']:.2f}x float"
+        rows.append(f"| {recipe} | {mean:.2f} | {spread} | {against} |")
     return told + "\n\n" + "\n".join(rows) + "\n"
 
 

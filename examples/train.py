@@ -115,14 +115,14 @@ def compare(
 
 
 def table(runs: Sequence[Run]) -> str:
-    """The outcomes, one line a recipe: mean over the seeds and, from two seeds on, their standard deviation."""
+    """The outcomes, one line a recipe: accuracy's mean over the seeds and standard deviation, the median step time."""
     columns = ("recipe", "weight bits", "activation bits", "accuracy %", "+-", "vs float", "ms/step", "vs float")
     lines = [columns]
     means: dict[str, tuple[float, float]] = {}
     for name in dict.fromkeys(run.recipe for run in runs):
         mine = [run for run in runs if run.recipe == name]
         scores, recipe = [run.accuracy for run in mine], RECIPES[name]
-        means[name] = statistics.fmean(scores), statistics.fmean(run.ms_per_step for run in mine)
+        means[name] = statistics.fmean(scores), statistics.median(run.ms_per_step for run in mine)
         score, ms = means[name]
         against = ("-", "-")
         if "float" in means:

@@ -73,29 +73,33 @@ static void pack_rows_typed(const void* data, int64_t k, uint32_t* words, int64_
   }
 }
 
-// Up to kColumns neighbouring columns: one bit of each a step, so that memory is read along its rows.
-constexpr int64_t kColumns = 32;
+// Up to kColumns neighbouring columns: one bit of each a step, so that memory is read along its rows, about a page of
+// each at a time. The processor does not foresee the jump to the next row, so that is asked for here.
+constexpr int64_t kColumns = 1024;
 template <class T>
 QK_LANE void pack_column_words(const T* x, int64_t inner, int64_t rows, int64_t columns, uint32_t* words) {
   for (int64_t c = 0; c < columns; ++c) words[c] = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) words[c] |= static_cast<uint32_t>(is_plus(x[r * inner + c])) << r;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = x + r * inner;
+    for (int64_t c = 0; c < columns; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + 2 * inner + c);
+    for (int64_t c = 0; c < columns; ++c) words[c] |= static_cast<uint32_t>(is_plus(row[c])) << r;
+  }
 }
 
 template <class T>
 static void pack_columns_typed(const void* data, int64_t k, int64_t inner, uint32_t* words, int64_t begin,
                                int64_t end) {
   const int64_t per_row = words_of(k);
+  const int64_t pieces = (inner + kColumns - 1) / kColumns, together = (inner + pieces - 1) / pieces;
   uint32_t block[kColumns];
   for (int64_t i = begin; i < end;) {
     const int64_t outer = i / inner, column = i % inner;
     int64_t count = inner - column < end - i ? inner - column : end - i;
-    if (count > kColumns) count = kColumns;
+    if (count > together) count = together;
     for (int64_t w = 0; w < per_row; ++w) {
       const T* x = static_cast<const T*>(data) + (outer * k + w * kWordBits) * inner + column;
       const int64_t rows = k - w * kWordBits < kWordBits ? k - w * kWordBits : kWordBits;
-      count == kColumns ? pack_column_words(x, inner, rows, kColumns, block)
-                        : pack_column_words(x, inner, rows, count, block);
+      pack_column_words(x, inner, rows, count, block);
       for (int64_t c = 0; c < count; ++c) words[(i + c) * per_row + w] = block[c];
     }
     i += count;
