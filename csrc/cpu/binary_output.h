@@ -1,6 +1,21 @@
 // What becomes of a block of sums. Included once per instruction set inside its namespace; no include guard.
 
-constexpr int64_t kTile = 96;  // columns of a block of sums
+// The sums of some rows with some columns, one plane of the output a column: [r][kTile] to [c][plane].
+static void write_run_of(const BinaryProduct& p, const int32_t* sums, int64_t from, int64_t to, int64_t column,
+                         int64_t columns, float* out) {
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = from; r < to; ++r)
+      out[c * p.plane + r] = scaled_dot(sums[r * kTile + c], p.scale, p.bias, column + c);
+}
+
+#if defined(QK_AVX2)
+#include "binary_planes_avx2.h"
+#else
+static void write_run(const BinaryProduct& p, const int32_t* sums, int64_t run, int64_t column, int64_t columns,
+                      float* out) {
+  write_run_of(p, sums, 0, run, column, columns, out);
+}
+#endif
 
 static void write_rows(const BinaryProduct& p, int64_t first, int64_t count, int64_t column, int64_t columns,
                        const int32_t* dots) {
@@ -15,18 +30,14 @@ static void write_rows(const BinaryProduct& p, int64_t first, int64_t count, int
   }
 }
 
-// Eight neighbouring rows of an image become eight neighbouring elements of each of its planes.
+// Neighbouring rows of an image become neighbouring elements of each of its planes: kOutputRows of them fill a line of
+// the cache. write_run is the instruction set's own.
 static void write_planes(const BinaryProduct& p, int64_t first, int64_t count, int64_t column, int64_t columns,
                          const int32_t* dots) {
   for (int64_t r = 0; r < count;) {
     const int64_t image = (first + r) / p.plane, at = (first + r) % p.plane;
-    int64_t run = p.plane - at < count - r ? p.plane - at : count - r;
-    if (run > 8) run = 8;
-    const int32_t* sums = dots + r * kTile;
-    float* out = p.values + (image * p.n + column) * p.plane + at;
-    for (int64_t c = 0; c < columns; ++c)
-      for (int64_t k = 0; k < run; ++k)
-        out[c * p.plane + k] = scaled_dot(sums[k * kTile + c], p.scale, p.bias, column + c);
+    const int64_t run = p.plane - at < count - r ? p.plane - at : count - r;
+    write_run(p, dots + r * kTile, run, column, columns, p.values + (image * p.n + column) * p.plane + at);
     r += run;
   }
 }

@@ -10,6 +10,10 @@
 
 #define QK_LANE static inline __attribute__((always_inline))
 
+namespace quantkern::cpu {
+constexpr int64_t kTile = 96;  // columns of a block of sums
+}
+
 namespace quantkern::cpu::baseline {
 #include "binary_output.h"
 #include "binary_product_generic.h"
@@ -18,6 +22,7 @@ namespace quantkern::cpu::baseline {
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx2,popcnt")
+#define QK_AVX2
 namespace quantkern::cpu::avx2 {
 #include "binary_output.h"
 #include "binary_product_avx2.h"
@@ -33,6 +38,7 @@ namespace quantkern::cpu::avx512 {
 #include "binary_output.h"
 #include "binary_product_avx512.h"
 }  // namespace quantkern::cpu::avx512
+#undef QK_AVX2
 #pragma GCC pop_options
 #endif
 

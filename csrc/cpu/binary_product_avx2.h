@@ -15,6 +15,7 @@ constexpr int64_t kTableBytes = 64;          // of a panel, a nibble
 constexpr int64_t kSegmentBytes = 64;        // of a row: 128 nibbles
 constexpr int64_t kGroup = 7;                // nibbles whose t add up to at most 14
 constexpr int64_t kPanelsBytes = 512 << 10;  // tables of an item should stay in the second-level cache
+constexpr int64_t kOutputRows = 16;          // left rows whose sums are written together
 constexpr int64_t kBlockBytes = 8192;        // of a row: sums of t up to here fit in 16 bits
 
 QK_LANE int table_entry(int v, int b) {
@@ -52,7 +53,7 @@ static int64_t odd_nibbles(const uint8_t* row, int64_t bytes) {
 
 // Where an item keeps things in its scratch memory.
 struct Places {
-  int32_t *dots, *odd;
+  int32_t *dots, *odd, *carried;
   uint16_t* sums;
   uint8_t *index, *tables, *rows;
   size_t bytes;
@@ -66,9 +67,10 @@ static Places places(const BinaryProduct& p, int64_t count, uint8_t* memory) {
     return here;
   };
   Places s;
-  s.dots = reinterpret_cast<int32_t*>(take(panels * kPanel * kTile * sizeof(int32_t)));
+  s.dots = reinterpret_cast<int32_t*>(take(kOutputRows * kTile * sizeof(int32_t)));
   s.odd = reinterpret_cast<int32_t*>(take(panels * kPanel * sizeof(int32_t)));
   s.sums = reinterpret_cast<uint16_t*>(take(panels * kPanel * kTile * sizeof(uint16_t)));
+  s.carried = reinterpret_cast<int32_t*>(take(p.bytes > kBlockBytes ? count * kTile * sizeof(int32_t) : 0));
   s.index = take(2 * kSegmentBytes * kTile);
   s.tables = take(panels * 2 * p.bytes * kTableBytes);
   s.rows = take(panels * kPanel * p.bytes);
@@ -287,19 +289,52 @@ static void add_rows(const BinaryProduct& p, const Places& s, int64_t count, con
   (count == 1 ? add_one_row<kBlocks> : add_tile<kBlocks>)(p, s, count, arranged, from, to);
 }
 
-// dots = 4 * sum(t) + what does not depend on both rows; sum(t) starts anew every kBlockBytes of a row.
-static void begin_dots(const BinaryProduct& p, const Places& s, int64_t count, int64_t column) {
+// The sums of rows [from, from + count) of an item: 4 * sum(t) + what does not depend on both rows + what longer rows
+// have left in `carried`.
+static void finish_dots(const BinaryProduct& p, const Places& s, int64_t from, int64_t count, int64_t column,
+                        const int32_t* carried) {
   const auto* odd = reinterpret_cast<const int32_t*>(p.arranged + arranged_rows(p.n) * p.bytes) + column;
-  const int32_t base = static_cast<int32_t>(p.length - 16 * p.bytes);
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t c = 0; c < kTile; ++c) s.dots[r * kTile + c] = base - 2 * s.odd[r];
   const int64_t width = arranged_rows(p.n) - column < kTile ? arranged_rows(p.n) - column : kTile;
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t c = 0; c < width; ++c) s.dots[r * kTile + c] += 2 * odd[c];
+  for (int64_t r = 0; r < count; ++r) {
+    const int32_t base = static_cast<int32_t>(p.length - 16 * p.bytes) - 2 * s.odd[from + r];
+    const uint16_t* sums = s.sums + (from + r) * kTile;
+    int32_t* dots = s.dots + r * kTile;
+    for (int64_t c = 0; c < width; ++c) dots[c] = base + 2 * odd[c] + 4 * static_cast<int32_t>(sums[c]);
+    if (!carried) continue;
+    for (int64_t c = 0; c < width; ++c) dots[c] += carried[(from + r) * kTile + c];
+  }
 }
 
-static void take_sums(const Places& s, int64_t count) {
-  for (int64_t i = 0; i < count * kTile; ++i) s.dots[i] += 4 * static_cast<int32_t>(s.sums[i]);
+static void clear_sums(const Places& s, int64_t count) {
+  std::memset(s.sums, 0, (count + kPanel - 1) / kPanel * kPanel * kTile * sizeof(uint16_t));
+}
+
+// All of a row but its last kBlockBytes: sums of t leave 16 bits now and then.
+template <int kBlocks>
+static int64_t carry_blocks(const BinaryProduct& p, const Places& s, int64_t count, const uint8_t* arranged) {
+  std::memset(s.carried, 0, count * kTile * sizeof(int32_t));
+  int64_t from = 0;
+  for (; p.bytes - from > kBlockBytes; from += kBlockBytes) {
+    clear_sums(s, count);
+    add_rows<kBlocks>(p, s, count, arranged, from, from + kBlockBytes);
+    for (int64_t i = 0; i < count * kTile; ++i) s.carried[i] += 4 * static_cast<int32_t>(s.sums[i]);
+  }
+  return from;
+}
+
+template <int kBlocks>
+static void sum_tile(const BinaryProduct& p, const Places& s, int64_t first, int64_t count, int64_t column,
+                     int64_t width) {
+  const uint8_t* arranged = p.arranged + column * p.bytes;
+  const bool carries = p.bytes > kBlockBytes;
+  const int64_t from = carries ? carry_blocks<kBlocks>(p, s, count, arranged) : 0;
+  clear_sums(s, count);
+  add_rows<kBlocks>(p, s, count, arranged, from, p.bytes);
+  for (int64_t r = 0; r < count; r += kOutputRows) {
+    const int64_t rows = count - r < kOutputRows ? count - r : kOutputRows;
+    finish_dots(p, s, r, rows, column, carries ? s.carried : nullptr);
+    write_output(p, first + r, rows, column, width, s.dots);
+  }
 }
 
 static void columns(const BinaryProduct& p, int64_t first, int64_t count, int64_t begin, int64_t end,
@@ -308,16 +343,7 @@ static void columns(const BinaryProduct& p, int64_t first, int64_t count, int64_
   for (int64_t column = begin; column < end; column += kTile) {
     const int64_t width = end - column < kTile ? end - column : kTile;
     const int64_t blocks = (width + kRowsTogether - 1) / kRowsTogether;
-    const uint8_t* arranged = p.arranged + column * p.bytes;
-    begin_dots(p, s, count, column);
-    for (int64_t from = 0; from < p.bytes; from += kBlockBytes) {
-      const int64_t to = p.bytes - from < kBlockBytes ? p.bytes : from + kBlockBytes;
-      std::memset(s.sums, 0, ((count + kPanel - 1) / kPanel * kPanel) * kTile * sizeof(uint16_t));
-      const auto add = blocks == 3 ? add_rows<3> : blocks == 2 ? add_rows<2> : add_rows<1>;
-      add(p, s, count, arranged, from, to);
-      take_sums(s, count);
-    }
-    write_output(p, first, count, column, width, s.dots);
+    (blocks == 3 ? sum_tile<3> : blocks == 2 ? sum_tile<2> : sum_tile<1>)(p, s, first, count, column, width);
   }
 }
 
