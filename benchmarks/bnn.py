@@ -6,7 +6,7 @@
 Every contestant's result is compared with the float product of the +-1 tensors first, to the last bit. "quantkern"
 starts from real inputs, whose signs it packs; "quantkern packed" from packed ones, and "quantkern sign" also ends in
 packed signs. Weights are packed and arranged beforehand. Float and int8 contestants get +-1 in their own format, and
-where torch takes ``out=`` they write to memory that is there; ours make their output in every call.
+where torch takes ``out=`` (matmul) it and ours write to memory that is there; everything else makes its output anew.
 
 bitorch-engine and Larq compute engine take part where they are installed; on PyPI the first is a source archive whose
 C++ extension ``BIE_BUILD_ONLY="bitorch_engine/layers/qlinear/binary/cpp bitorch_engine/layers/qconv/binary/cpp" python
@@ -222,8 +222,13 @@ def product(operation: str, shape: Product, device: torch.device) -> harness.Cas
     entries = Entries()
     size = packed.nbytes + packed_weight.nbytes + 4 * m * n
     entries.add_floor(size, device)
-    entries.add("quantkern", lambda: lambda: F.binary_linear(x, packed_weight, k, arranged=arranged), equal)
-    entries.add("quantkern packed", lambda: lambda: F.binary_matmul(packed, packed_weight, k, arranged=arranged), equal)
+    ours = torch.empty(m, n, device=device) if operation == "matmul" else None
+
+    def product(signs: Tensor) -> Tensor:
+        return F.binary_matmul(signs, packed_weight, k, arranged=arranged, out=ours)
+
+    entries.add("quantkern", lambda: lambda: product(packed_rows(x)), equal)
+    entries.add("quantkern packed", lambda: lambda: product(packed), equal)
     entries.add("quantkern not arranged", lambda: lambda: F.binary_matmul(packed, packed_weight, k), equal)
     if operation == "linear":
         at, flipped, flip = thresholds(n, k, device)
@@ -250,6 +255,13 @@ def product(operation: str, shape: Product, device: torch.device) -> harness.Cas
     entries.add("bitorch-engine", bitorch, equal)
     entries.unavailable["larq"] = "has convolutions only"
     return entries.case(operation, shape, shape.name, m * n, size, device)
+
+
+def packed_rows(x: Tensor) -> Tensor:
+    """The signs of x, packed."""
+    packed = F.pack_signs(x)
+    assert isinstance(packed, Tensor)
+    return packed
 
 
 def on_cpu(x: Tensor) -> Tensor:

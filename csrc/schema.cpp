@@ -72,6 +72,10 @@ TORCH_LIBRARY(quantkern, m) {
   m.def(
       "binary_matmul(Tensor a, Tensor b, int k, Tensor? scale=None, Tensor? bias=None, Tensor? arranged=None) -> "
       "Tensor");
+  // The same into memory that is there; CPU.
+  m.def(
+      "binary_matmul_into(Tensor a, Tensor b, int k, Tensor? scale, Tensor? bias, Tensor? arranged, Tensor(a!) out) -> "
+      "()");
   m.def(
       "binary_conv2d(Tensor x, Tensor weight, int channels, int[2] stride, int[2] padding, int[2] dilation, "
       "Tensor? scale=None, Tensor? bias=None, Tensor? arranged=None, bool channels_last=False) -> Tensor");

@@ -215,6 +215,7 @@ def binary_matmul(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     arranged: Tensor | None = None,
+    out: Tensor | None = None,
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
     """The exact dot products of packed rows: [M, K] x [N, K] -> [M, N].
@@ -227,6 +228,7 @@ def binary_matmul(
         k: how many signs a row holds, at most 2**24.
         scale, bias: float32 [N].
         arranged: ``arrange_signs(b_packed)``, which saves work where M is small.
+        out: contiguous float32 [M, N] to write to; it is returned.
         backend: which kernels run, see ``Backend``.
 
     Returns:
@@ -242,6 +244,13 @@ def binary_matmul(
     True
     """
     chosen = resolve(a_packed, backend)
+    if out is not None and chosen is Backend.NATIVE and a_packed.device.type == "cpu":
+        _OPS.binary_matmul_into.default(a_packed, b_packed, k, scale, bias, arranged, out)
+        return out
+    if out is not None:
+        return out.copy_(
+            binary_matmul(a_packed, b_packed, k, scale=scale, bias=bias, arranged=arranged, backend=backend)
+        )
     if chosen is Backend.NATIVE:
         return _OPS.binary_matmul.default(a_packed, b_packed, k, scale, bias, arranged)  # type: ignore[no-any-return]
     _check_operands(a_packed, b_packed, k, 2, ("a", "b"))

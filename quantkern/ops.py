@@ -245,6 +245,12 @@ def _binary_matmul(
     return a.new_empty([a.shape[0], b.shape[0]], dtype=torch.float32)
 
 
+def _binary_matmul_into(
+    a: Tensor, b: Tensor, k: int, scale: _MaybeTensor, bias: _MaybeTensor, arranged: _MaybeTensor, out: Tensor
+) -> None:
+    check_device(out, a, "out")
+
+
 def _binary_matmul_sign(
     a: Tensor, b: Tensor, k: int, threshold: Tensor, flip: Tensor, arranged: _MaybeTensor = None
 ) -> Tensor:
@@ -325,6 +331,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "unpack_signs": _unpack_signs,
     "arrange_signs": _arrange_signs,
     "binary_matmul": _binary_matmul,
+    "binary_matmul_into": _binary_matmul_into,
     "binary_matmul_sign": _binary_matmul_sign,
     "binary_conv2d": _binary_conv2d,
     "binary_conv2d_sign": _binary_conv2d_sign,

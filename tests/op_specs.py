@@ -637,7 +637,7 @@ PACK_SIGNS = OpSpec(
 
 BINARY_MATMUL = OpSpec(
     name="binary_matmul",
-    schemas=("binary_matmul", "binary_matmul_sign", "arrange_signs", "sign_linear"),
+    schemas=("binary_matmul", "binary_matmul_into", "binary_matmul_sign", "arrange_signs", "sign_linear"),
     samples=(
         Sample("ragged", (5, 70), **_matmul(33, 70)),
         Sample("one_row", (1, 100), **_matmul(40, 100)),
@@ -680,6 +680,12 @@ BINARY_MATMUL = OpSpec(
             lambda: F.binary_matmul_sign(_signs(2, 40), _signs(3, 40), 40, torch.zeros(3), _int32(0)),
             TypeError,
             "threshold must be",
+        ),
+        Bad(
+            "out",
+            lambda: F.binary_matmul(_signs(2, 40), _signs(3, 40), 40, out=torch.empty(3, 2)),
+            ValueError,
+            r"out must be .* \[2, 3\], got shape \[3, 2\]",
         ),
         Bad("features", lambda: F.binary_linear(torch.ones(2, 41), _signs(3, 40), 40), ValueError, "40 features"),
         Bad("layer", lambda: F.sign_linear(torch.ones(2, 5), torch.ones(3, 4)), ValueError, r"\[2, 5\] and \[3, 4\]"),
@@ -853,6 +859,7 @@ def _matmul_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     a, b = _signs(3, 40), _signs(5, 40)
     yield _OPS.arrange_signs.default, (b,)
     yield _OPS.binary_matmul.default, (a, b, 40, torch.ones(5), torch.ones(5), F.arrange_signs(b))
+    yield _OPS.binary_matmul_into.default, (a, b, 40, torch.ones(5), None, None, torch.empty(3, 5))
     yield _OPS.binary_matmul_sign.default, (a, b, 40, _int32(*range(5)), _int32(3))
     x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 7), (4, 7), (4,)))
     yield _OPS.sign_linear.default, (x, weight, bias)

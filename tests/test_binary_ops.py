@@ -88,6 +88,14 @@ def test_empty_products(m: int, n: int, k: int, backend: Backend) -> None:
     assert x.grad is not None and x.grad.shape == (m, k)
 
 
+@pytest.mark.parametrize("backend", [Backend.NATIVE, Backend.REFERENCE])
+def test_products_into_memory_that_is_there(backend: Backend) -> None:
+    a, b = signs(5, 70), signs(9, 70, seed=1)
+    out = torch.empty(5, 9)
+    assert F.binary_matmul(pack(a), pack(b), 70, out=out, backend=backend) is out
+    assert torch.equal(out, a @ b.t())
+
+
 GEOMETRIES = [
     ((2, 5, 7, 6), (4, 3, 3), {"padding": 1}),
     ((1, 3, 1, 1), (2, 1, 1), {}),

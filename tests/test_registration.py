@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def schemas() -> set[str]:
     text = (ROOT / "csrc" / "schema.cpp").read_text()
-    return set(re.findall(r'"([a-z_.]+)\(Tensor', text))
+    return set(re.findall(r'"([a-z0-9_.]+)\(Tensor', text))
 
 
 def test_the_inventory_is_complete() -> None:

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../common/check_args.h"
 #include "binary_product_run.h"
 #include "parallel.h"
 
@@ -63,10 +64,14 @@ at::Tensor arrange_signs_cpu(const at::Tensor& packed) {
 
 namespace {
 
-// So many columns an item: all of them where there are rows enough for every thread, else a few items a thread.
-int64_t columns_an_item(const BinaryProduct& p, int64_t groups, int64_t together) {
-  const int64_t tiles = (p.n + together - 1) / together, wanted = 4 * at::get_num_threads();
-  const int64_t parts = std::clamp<int64_t>((wanted + groups - 1) / groups, 1, tiles);
+// Less work than this, in bytes of a row times rows times columns, is done before a second thread has woken.
+constexpr int64_t kSmallProduct = 12 * kGrain;
+
+// So many columns an item: all of them where there are rows enough for every thread, else some items a thread, so that
+// no thread waits long for another.
+int64_t columns_an_item(const BinaryProduct& p, int64_t groups, int64_t together, int64_t threads) {
+  const int64_t tiles = (p.n + together - 1) / together, wanted = threads == 1 ? 1 : 12 * threads;
+  const int64_t parts = groups >= 4 * threads ? 1 : std::clamp<int64_t>((wanted + groups - 1) / groups, 1, tiles);
   return (tiles + parts - 1) / parts * together;
 }
 
@@ -81,16 +86,18 @@ void run_product(BinaryProduct p, const at::Tensor& weights, const std::optional
     p.arranged = own.const_data_ptr<uint8_t>();
   }
   const int64_t rows = kernels.rows_together(p), groups = (p.m + rows - 1) / rows;
-  const int64_t width = columns_an_item(p, groups, kernels.columns_together), items = (p.n + width - 1) / width;
+  const int64_t threads = p.m * p.n * (p.bytes + 8) < kSmallProduct ? 1 : at::get_num_threads();
+  const int64_t width = columns_an_item(p, groups, kernels.columns_together, threads);
+  const int64_t items = (p.n + width - 1) / width;
   std::vector<std::atomic<int64_t>> taken(groups);
   std::atomic<bool> failed{false};
-  const bool small = p.m * p.n * (p.bytes + 8) < 64 * kGrain;
-  const int64_t threads = small ? 1 : std::min<int64_t>(at::get_num_threads(), groups * items);
   const auto work = [&](int64_t thread) {
     static thread_local Scratch scratch;
     for (int64_t k = 0; k < groups && !failed; ++k) {
       const int64_t group = (thread * groups / threads + k) % groups, first = group * rows;
       const int64_t count = std::min(rows, p.m - first);
+      // Preparing another's rows for its last items would take longer than leaving them to it.
+      if (items > 4 && k > 0 && taken[group].load(std::memory_order_relaxed) > items - 4) continue;
       bool ready = false;
       for (int64_t item; (item = taken[group].fetch_add(1, std::memory_order_relaxed)) < items;) {
         if (!ready && !(ready = kernels.prepare(p, first, count, scratch))) failed = true;
@@ -133,16 +140,28 @@ void check_operands(const at::Tensor& a, const at::Tensor& b, int64_t k, const s
   check_arranged(arranged, a, arranged_bytes(b.size(0), b.size(1) * 4));
 }
 
-at::Tensor binary_matmul_cpu(const at::Tensor& a, const at::Tensor& b, int64_t k,
-                             const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& bias,
-                             const std::optional<at::Tensor>& arranged) {
+void binary_matmul_into_cpu(const at::Tensor& a, const at::Tensor& b, int64_t k, const std::optional<at::Tensor>& scale,
+                            const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& arranged,
+                            const at::Tensor& out) {
   check_operands(a, b, k, arranged);
   check_vector(scale, a, b.size(0), at::kFloat, "scale");
   check_vector(bias, a, b.size(0), at::kFloat, "bias");
-  const at::Tensor values = at::empty({a.size(0), b.size(0)}, a.options().dtype(at::kFloat));
+  check_dtype(out, at::kFloat, "out");
+  const int64_t sizes[] = {a.size(0), b.size(0)};
+  TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef(sizes) && out.is_contiguous() && out.is_cpu(),
+                    "out must be a contiguous CPU tensor of shape ", at::IntArrayRef(sizes), ", got shape ",
+                    out.sizes(), " and strides ", out.strides());
   BinaryProduct p = product_with(b);
-  set_values(p, scale, bias, values);
+  set_values(p, scale, bias, out);
   multiply(p, a, b, k, arranged);
+}
+
+at::Tensor binary_matmul_cpu(const at::Tensor& a, const at::Tensor& b, int64_t k,
+                             const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& bias,
+                             const std::optional<at::Tensor>& arranged) {
+  check_matmul(a, b, k);
+  const at::Tensor values = at::empty({a.size(0), b.size(0)}, a.options().dtype(at::kFloat));
+  binary_matmul_into_cpu(a, b, k, scale, bias, arranged, values);
   return values;
 }
 
@@ -163,5 +182,6 @@ at::Tensor binary_matmul_sign_cpu(const at::Tensor& a, const at::Tensor& b, int6
 TORCH_LIBRARY_IMPL(quantkern, CPU, m) {
   m.impl("arrange_signs", quantkern::cpu::arrange_signs_cpu);
   m.impl("binary_matmul", quantkern::cpu::binary_matmul_cpu);
+  m.impl("binary_matmul_into", quantkern::cpu::binary_matmul_into_cpu);
   m.impl("binary_matmul_sign", quantkern::cpu::binary_matmul_sign_cpu);
 }

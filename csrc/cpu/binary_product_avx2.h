@@ -83,16 +83,29 @@ static int64_t rows_together(const BinaryProduct& p) {
   return panels >= kGroupRows / kPanel ? kGroupRows : panels <= 1 ? kPanel : panels * kPanel;
 }
 
+// Sixteen bytes of two rows at a time become the numbers of their tables: low nibbles, then high ones.
 static void make_tables(const uint8_t* rows, int64_t bytes, uint8_t* out) {
   const Tables& tables = lookup_tables();
-  for (int64_t k = 0; k < bytes; ++k) {
+  const __m128i low = _mm_set1_epi8(15);
+  alignas(16) uint8_t numbers[kPanel / 2][2][16];
+  for (int64_t k = 0; k < bytes; k += 16) {
+    const int64_t width = bytes - k < 16 ? bytes - k : 16;
     for (int r = 0; r < kPanel / 2; ++r) {
-      const unsigned x = rows[2 * r * bytes + k], y = rows[(2 * r + 1) * bytes + k];
-      const auto* low = reinterpret_cast<const __m128i*>(tables.pair[(x & 15u) | (y & 15u) << 4]);
-      const auto* high = reinterpret_cast<const __m128i*>(tables.pair[x >> 4 | (y & 0xf0u)]);
-      auto* to = reinterpret_cast<__m128i*>(out + 2 * k * kTableBytes + r * 16);
-      _mm_store_si128(to, _mm_load_si128(low));
-      _mm_store_si128(to + kTableBytes / 16, _mm_load_si128(high));
+      const auto at = [&](int row) {
+        alignas(16) uint8_t part[16] = {};
+        std::memcpy(part, rows + row * bytes + k, width);
+        return _mm_load_si128(reinterpret_cast<const __m128i*>(part));
+      };
+      const __m128i x = at(2 * r), y = at(2 * r + 1);
+      auto* to = reinterpret_cast<__m128i*>(numbers[r]);
+      _mm_store_si128(to, _mm_or_si128(_mm_and_si128(x, low), _mm_slli_epi16(_mm_and_si128(y, low), 4)));
+      _mm_store_si128(to + 1, _mm_or_si128(_mm_and_si128(_mm_srli_epi16(x, 4), low), _mm_andnot_si128(low, y)));
+    }
+    for (int64_t i = 0; i < width; ++i) {
+      auto* to = reinterpret_cast<__m128i*>(out + 2 * (k + i) * kTableBytes);
+      for (int half = 0; half < 2; ++half)
+        for (int r = 0; r < kPanel / 2; ++r)
+          _mm_store_si128(to++, _mm_load_si128(reinterpret_cast<const __m128i*>(tables.pair[numbers[r][half][i]])));
     }
   }
 }
@@ -179,40 +192,49 @@ static void add_groups(const uint8_t* tables, const uint8_t* index, int64_t grou
   }
 }
 
-// The main case, all 16 registers by name: 12 sums, two of three index vectors, a table and what it gave. The compiler
-// would reorder the lookups and spill.
-#define QK_ONE(index, sum) "vpshufb " index ", %%ymm14, %%ymm15\n\tvpaddb %%ymm15, %%ymm" sum ", %%ymm" sum "\n\t"
-#define QK_PAIR(offset, a, b, c)                                                                \
-  "vbroadcasti128 " offset "(%[tables]), %%ymm14\n\t" QK_ONE("%%ymm12", a) QK_ONE("%%ymm13", b) \
-      QK_ONE("64(%[index])", c)
-#define QK_NIBBLE                                                                                \
-  "vmovdqa (%[index]), %%ymm12\n\tvmovdqa 32(%[index]), %%ymm13\n\t" QK_PAIR("0", "0", "1", "2") \
-      QK_PAIR("16", "3", "4", "5") QK_PAIR("32", "6", "7", "8")                                  \
-          QK_PAIR("48", "9", "10", "11") "addq $64, %[tables]\n\taddq $96, %[index]\n\t"
+// The main cases, registers by name: 12 or 8 sums, two index vectors (the third is read where it is used), a table and
+// what it gave. The compiler would reorder the lookups and spill. op is the lookup of a group's first nibble, which
+// sets the sums, or of the others.
 #define QK_SET(index, sum) "vpshufb " index ", %%ymm14, %%ymm" sum "\n\t"
-#define QK_SET_PAIR(offset, a, b, c)                                                            \
-  "vbroadcasti128 " offset "(%[tables]), %%ymm14\n\t" QK_SET("%%ymm12", a) QK_SET("%%ymm13", b) \
-      QK_SET("64(%[index])", c)
-#define QK_FIRST_NIBBLE                                                                              \
-  "vmovdqa (%[index]), %%ymm12\n\tvmovdqa 32(%[index]), %%ymm13\n\t" QK_SET_PAIR("0", "0", "1", "2") \
-      QK_SET_PAIR("16", "3", "4", "5") QK_SET_PAIR("32", "6", "7", "8")                              \
-          QK_SET_PAIR("48", "9", "10", "11") "addq $64, %[tables]\n\taddq $96, %[index]\n\t"
-#define QK_ADD(offset, sum)                                                      \
+#define QK_ADD(index, sum) "vpshufb " index ", %%ymm14, %%ymm15\n\tvpaddb %%ymm15, %%ymm" sum ", %%ymm" sum "\n\t"
+#define QK_TABLE(offset) "vbroadcasti128 " offset "(%[tables]), %%ymm14\n\t"
+#define QK_INDEX "vmovdqa (%[index]), %%ymm12\n\tvmovdqa 32(%[index]), %%ymm13\n\t"
+#define QK_PAIR3(op, offset, a, b, c) QK_TABLE(offset) op("%%ymm12", a) op("%%ymm13", b) op("64(%[index])", c)
+#define QK_PAIR2(op, offset, a, b) QK_TABLE(offset) op("%%ymm12", a) op("%%ymm13", b)
+#define QK_NIBBLE3(op) \
+  QK_INDEX QK_PAIR3(op, "0", "0", "1", "2") QK_PAIR3(op, "16", "3", "4", "5")                         \
+      QK_PAIR3(op, "32", "6", "7", "8") QK_PAIR3(op, "48", "9", "10", "11") "addq $64, %[tables]\n\t" \
+                                                                            "addq $96, %[index]\n\t"
+#define QK_NIBBLE2(op) \
+  QK_INDEX QK_PAIR2(op, "0", "0", "1") QK_PAIR2(op, "16", "2", "3") QK_PAIR2(op, "32", "4", "5") \
+      QK_PAIR2(op, "48", "6", "7") "addq $64, %[tables]\n\t"                                    \
+                                   "addq $64, %[index]\n\t"
+#define QK_GROUP(nibble) \
+  nibble(QK_SET) nibble(QK_ADD) nibble(QK_ADD) nibble(QK_ADD) nibble(QK_ADD) nibble(QK_ADD) nibble(QK_ADD)
+// Into the sums of a segment: see Sums.
+#define QK_FLUSH(offset, sum)                                                    \
   "vpaddb " #offset "(%[sums]), %%ymm" #sum ", %%ymm14\n\tvpsrlw $4, %%ymm" #sum \
   ", %%ymm15\n\t"                                                                \
   "vmovdqa %%ymm14, " #offset "(%[sums])\n\tvpaddb 32+" #offset                  \
   "(%[sums]), %%ymm15, %%ymm15\n\t"                                              \
   "vmovdqa %%ymm15, 32+" #offset "(%[sums])\n\t"
+#define QK_FLUSH8                                                                                      \
+  QK_FLUSH(0, 0)                                                                                       \
+  QK_FLUSH(64, 1) QK_FLUSH(128, 2) QK_FLUSH(192, 3) QK_FLUSH(256, 4) QK_FLUSH(320, 5) QK_FLUSH(384, 6) \
+      QK_FLUSH(448, 7)
+#define QK_FLUSH12 QK_FLUSH8 QK_FLUSH(512, 8) QK_FLUSH(576, 9) QK_FLUSH(640, 10) QK_FLUSH(704, 11)
+#define QK_GROUPS(nibble, flush)                                                                                     \
+  if (groups == 0) return;                                                                                           \
+  __asm__ volatile("1:\n\t" QK_GROUP(nibble) flush "decq %[groups]\n\tjnz 1b\n\t"                                    \
+                   : [tables] "+r"(tables), [index] "+r"(index), [groups] "+r"(groups)                               \
+                   : [sums] "r"(&sums[0][0])                                                                         \
+                   : "memory", "cc", "ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9", \
+                     "ymm10", "ymm11", "ymm12", "ymm13", "ymm14", "ymm15")
 static void add_groups(const uint8_t* tables, const uint8_t* index, int64_t groups, Sums (&sums)[4][3]) {
-  if (groups == 0) return;
-  __asm__ volatile("1:\n\t" QK_FIRST_NIBBLE QK_NIBBLE QK_NIBBLE QK_NIBBLE QK_NIBBLE QK_NIBBLE QK_NIBBLE QK_ADD(0, 0)
-                       QK_ADD(64, 1) QK_ADD(128, 2) QK_ADD(192, 3) QK_ADD(256, 4) QK_ADD(320, 5) QK_ADD(384, 6)
-                           QK_ADD(448, 7) QK_ADD(512, 8) QK_ADD(576, 9) QK_ADD(640, 10)
-                               QK_ADD(704, 11) "decq %[groups]\n\tjnz 1b\n\t"
-                   : [tables] "+r"(tables), [index] "+r"(index), [groups] "+r"(groups)
-                   : [sums] "r"(&sums[0][0])
-                   : "memory", "cc", "ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9",
-                     "ymm10", "ymm11", "ymm12", "ymm13", "ymm14", "ymm15");
+  QK_GROUPS(QK_NIBBLE3, QK_FLUSH12);
+}
+static void add_groups(const uint8_t* tables, const uint8_t* index, int64_t groups, Sums (&sums)[4][2]) {
+  QK_GROUPS(QK_NIBBLE2, QK_FLUSH8);
 }
 
 // A segment of one panel: adds sum(t) to kBlocks * 32 columns of 2 * kPairs rows, kTile apart.
@@ -322,6 +344,19 @@ static int64_t carry_blocks(const BinaryProduct& p, const Places& s, int64_t cou
   return from;
 }
 
+// Sums as they are, to rows of the output: the common case, without a stop in memory.
+static void write_sums(const BinaryProduct& p, const Places& s, int64_t first, int64_t count, int64_t column,
+                       int64_t width) {
+  const auto* odd = reinterpret_cast<const int32_t*>(p.arranged + arranged_rows(p.n) * p.bytes) + column;
+  for (int64_t r = 0; r < count; ++r) {
+    const int32_t base = static_cast<int32_t>(p.length - 16 * p.bytes) - 2 * s.odd[r];
+    const uint16_t* sums = s.sums + r * kTile;
+    float* out = p.values + (first + r) * p.n + column;
+    for (int64_t c = 0; c < width; ++c)
+      out[c] = static_cast<float>(base + 2 * odd[c] + 4 * static_cast<int32_t>(sums[c]));
+  }
+}
+
 template <int kBlocks>
 static void sum_tile(const BinaryProduct& p, const Places& s, int64_t first, int64_t count, int64_t column,
                      int64_t width) {
@@ -330,6 +365,8 @@ static void sum_tile(const BinaryProduct& p, const Places& s, int64_t first, int
   const int64_t from = carries ? carry_blocks<kBlocks>(p, s, count, arranged) : 0;
   clear_sums(s, count);
   add_rows<kBlocks>(p, s, count, arranged, from, p.bytes);
+  if (p.values && !p.plane && !p.scale && !p.bias && !p.correct && !carries)
+    return write_sums(p, s, first, count, column, width);
   for (int64_t r = 0; r < count; r += kOutputRows) {
     const int64_t rows = count - r < kOutputRows ? count - r : kOutputRows;
     finish_dots(p, s, r, rows, column, carries ? s.carried : nullptr);
@@ -340,10 +377,13 @@ static void sum_tile(const BinaryProduct& p, const Places& s, int64_t first, int
 static void columns(const BinaryProduct& p, int64_t first, int64_t count, int64_t begin, int64_t end,
                     Scratch& scratch) {
   const Places s = places(p, count, scratch.get(0));
-  for (int64_t column = begin; column < end; column += kTile) {
-    const int64_t width = end - column < kTile ? end - column : kTile;
-    const int64_t blocks = (width + kRowsTogether - 1) / kRowsTogether;
+  for (int64_t column = begin; column < end;) {
+    // Three blocks at a time; four that are left go in two pairs, since one alone is slow.
+    const int64_t left = (end - column + kRowsTogether - 1) / kRowsTogether;
+    const int64_t blocks = left == 4 ? 2 : left < 3 ? left : 3;
+    const int64_t width = end - column < blocks * kRowsTogether ? end - column : blocks * kRowsTogether;
     (blocks == 3 ? sum_tile<3> : blocks == 2 ? sum_tile<2> : sum_tile<1>)(p, s, first, count, column, width);
+    column += width;
   }
 }
 
