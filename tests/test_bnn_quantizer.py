@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
+from resuming import check_exact_resume
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -567,19 +568,7 @@ def test_resuming_from_a_state_dict_is_exact() -> None:
         BNNQuantizer(model, RULES, optimizer)
         return model, optimizer
 
-    whole, whole_optimizer = start()
-    train(whole, whole_optimizer, range(3))
-    file = io.BytesIO()
-    torch.save([whole.state_dict(), whole_optimizer.state_dict()], file)
-    expected = train(whole, whole_optimizer, range(3, 6))
-    file.seek(0)
-    state, optimizer_state = torch.load(file, weights_only=True)
-    resumed, optimizer = start()
-    resumed.load_state_dict(state, strict=True)
-    optimizer.load_state_dict(optimizer_state)
-    assert train(resumed, optimizer, range(3, 6)) == expected
-    own, other = state_of(resumed), state_of(whole)
-    assert all(torch.equal(own[key], other[key]) for key in other)
+    check_exact_resume(start, train, before=3, after=3)
 
 
 def test_copies_live_on_their_own(tmp_path: Path) -> None:

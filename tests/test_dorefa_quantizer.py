@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from resuming import check_exact_resume
 from test_quantizers import batch, net, rule, train
 from torch import Tensor, nn
 
@@ -159,21 +159,7 @@ def test_resuming_from_a_state_dict_is_exact() -> None:
         DoReFaQuantizer(model, LAYERS, optimizer)
         return model, optimizer
 
-    whole, whole_optimizer = start()
-    train(whole, whole_optimizer, range(3))
-    file = io.BytesIO()
-    torch.save([whole.state_dict(), whole_optimizer.state_dict()], file)
-    expected = train(whole, whole_optimizer, range(3, 6))
-    file.seek(0)
-    state, optimizer_state = torch.load(file, weights_only=True)
-    resumed, optimizer = start()
-    resumed.load_state_dict(state, strict=True)
-    optimizer.load_state_dict(optimizer_state)
-    for mine, theirs in zip(train(resumed, optimizer, range(3, 6)), expected, strict=True):
-        assert torch.equal(mine, theirs)
-    own, other = state_of(resumed), state_of(whole)
-    assert all(torch.equal(own[key], other[key]) for key in other)
-    assert other["fc.quantkern.gradient.calls"].item() == 6
+    check_exact_resume(start, train, before=3, after=3)
 
 
 def test_copies_live_on_their_own(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ script may do with a model whose scales learn."""
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 import warnings
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from resuming import check_exact_resume
 from test_quantizers import EVERY, batch, net, rule, train
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -443,19 +443,7 @@ def test_resuming_from_a_state_dict_is_exact(delay: int) -> None:
         LsqQuantizer(model, rules, optimizer)
         return model, optimizer
 
-    whole, whole_optimizer = start()
-    train(whole, whole_optimizer, range(3))
-    file = io.BytesIO()
-    torch.save([whole.state_dict(), whole_optimizer.state_dict()], file)
-    expected = train(whole, whole_optimizer, range(3, 6))
-    file.seek(0)
-    state, optimizer_state = torch.load(file, weights_only=True)
-    resumed, optimizer = start()
-    resumed.load_state_dict(state, strict=True)
-    optimizer.load_state_dict(optimizer_state)
-    for mine, theirs in zip(train(resumed, optimizer, range(3, 6)), expected, strict=True):
-        assert torch.equal(mine, theirs)
-    assert same_state(state_of(resumed), state_of(whole))
+    resumed, whole = check_exact_resume(start, train, before=3, after=3)
     assert resumed.conv.quantkern.input.spec == whole.conv.quantkern.input.spec
 
 

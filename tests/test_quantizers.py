@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import io
 import pickle
 import warnings
 from collections import namedtuple
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from resuming import check_exact_resume
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -582,19 +582,7 @@ def test_resuming_from_a_state_dict_is_exact() -> None:
         QAT_Quantizer(model, rules, optimizer)
         return model, optimizer
 
-    whole, whole_optimizer = start()
-    train(whole, whole_optimizer, range(2))
-    file = io.BytesIO()
-    torch.save([whole.state_dict(), whole_optimizer.state_dict()], file)
-    expected = train(whole, whole_optimizer, range(2, 5))
-    file.seek(0)
-    state, optimizer_state = torch.load(file, weights_only=True)
-    resumed, optimizer = start()
-    resumed.load_state_dict(state, strict=True)
-    optimizer.load_state_dict(optimizer_state)
-    for mine, theirs in zip(train(resumed, optimizer, range(2, 5)), expected, strict=True):
-        assert torch.equal(mine, theirs)
-    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in resumed.state_dict().items())
+    check_exact_resume(start, train, before=2, after=3)
 
 
 def test_a_state_dict_brings_quantizers_made_on_first_use_and_unknown_sizes() -> None:

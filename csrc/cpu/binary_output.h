@@ -63,3 +63,26 @@ static void write_output(const BinaryProduct& p, int64_t first, int64_t count, i
   if (p.signs) return write_signs(p, first, count, column, columns, dots);
   p.plane ? write_planes(p, first, count, column, columns, dots) : write_rows(p, first, count, column, columns, dots);
 }
+
+// Kernels that count bits: the left rows as they are, behind the sums of one block of columns.
+static size_t sums_bytes(int64_t count) { return (count * kTile * sizeof(int32_t) + 63) / 64 * 64; }
+
+static bool fetch_rows(const BinaryProduct& p, int64_t first, int64_t count, Scratch& scratch) {
+  uint8_t* memory = scratch.get(sums_bytes(count) + count * p.bytes + 64);
+  if (!memory) return false;
+  p.rows(p.source, first, count, memory + sums_bytes(count));
+  return true;
+}
+
+// sum_block(p, rows, count, column, columns, dots) for every block of columns, and its output.
+template <class SumBlock>
+static void count_columns(const BinaryProduct& p, int64_t first, int64_t count, int64_t begin, int64_t end,
+                          Scratch& scratch, const SumBlock& sum_block) {
+  int32_t* dots = reinterpret_cast<int32_t*>(scratch.get(0));
+  const uint8_t* rows = scratch.get(0) + sums_bytes(count);
+  for (int64_t column = begin; column < end; column += kTile) {
+    const int64_t width = end - column < kTile ? end - column : kTile;
+    sum_block(p, rows, count, column, width, dots);
+    write_output(p, first, count, column, width, dots);
+  }
+}

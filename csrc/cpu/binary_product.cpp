@@ -11,8 +11,26 @@
 #define QK_LANE static inline __attribute__((always_inline))
 
 namespace quantkern::cpu {
+namespace {
+
 constexpr int64_t kTile = 96;  // columns of a block of sums
+
+// Nibbles with an odd number of ones in a row of whole words.
+int32_t count_odd_nibbles(const uint8_t* row, int64_t bytes) {
+  int32_t odd = 0;
+  for (int64_t k = 0; k < bytes; k += 4) {
+    uint32_t word;
+    std::memcpy(&word, row + k, 4);
+    word ^= word >> 1;
+    word ^= word >> 2;
+    word &= 0x11111111u;
+    odd += static_cast<int32_t>(word * 0x11111111u >> 28);  // the sum of the nibbles, at most 8
+  }
+  return odd;
 }
+
+}  // namespace
+}  // namespace quantkern::cpu
 
 namespace quantkern::cpu::baseline {
 #include "binary_output.h"
@@ -70,19 +88,6 @@ void transpose_bytes(uint64_t (&rows)[8]) {
       rows[i] ^= swapped << (8 * apart);
     }
   }
-}
-
-int32_t count_odd_nibbles(const uint8_t* row, int64_t bytes) {
-  int32_t odd = 0;
-  for (int64_t k = 0; k < bytes; k += 4) {
-    uint32_t word;
-    std::memcpy(&word, row + k, 4);
-    word ^= word >> 1;
-    word ^= word >> 2;
-    word &= 0x11111111u;
-    odd += static_cast<int32_t>(word * 0x11111111u >> 28);  // the sum of the nibbles, at most 8
-  }
-  return odd;
 }
 
 }  // namespace

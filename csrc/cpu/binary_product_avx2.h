@@ -39,18 +39,6 @@ static const Tables& lookup_tables() {
   return tables;
 }
 
-static int64_t odd_nibbles(const uint8_t* row, int64_t bytes) {
-  int64_t odd = 0;
-  for (int64_t i = 0; i < bytes; i += 4) {
-    uint32_t word;
-    std::memcpy(&word, row + i, 4);
-    word ^= word >> 1;
-    word ^= word >> 2;
-    odd += __builtin_popcount(word & 0x11111111u);
-  }
-  return odd;
-}
-
 // Where an item keeps things in its scratch memory.
 struct Places {
   int32_t *dots, *odd, *carried;
@@ -117,8 +105,7 @@ static bool prepare(const BinaryProduct& p, int64_t first, int64_t count, Scratc
   const int64_t panels = (count + kPanel - 1) / kPanel;
   p.rows(p.source, first, count, s.rows);
   std::memset(s.rows + count * p.bytes, 0, (panels * kPanel - count) * p.bytes);
-  for (int64_t r = 0; r < panels * kPanel; ++r)
-    s.odd[r] = static_cast<int32_t>(odd_nibbles(s.rows + r * p.bytes, p.bytes));
+  for (int64_t r = 0; r < panels * kPanel; ++r) s.odd[r] = count_odd_nibbles(s.rows + r * p.bytes, p.bytes);
   if (count == 1) return true;
   for (int64_t panel = 0; panel < panels; ++panel)
     make_tables(s.rows + panel * kPanel * p.bytes, p.bytes, s.tables + panel * 2 * p.bytes * kTableBytes);
@@ -218,10 +205,9 @@ static void add_groups(const uint8_t* tables, const uint8_t* index, int64_t grou
   "vmovdqa %%ymm14, " #offset "(%[sums])\n\tvpaddb 32+" #offset                  \
   "(%[sums]), %%ymm15, %%ymm15\n\t"                                              \
   "vmovdqa %%ymm15, 32+" #offset "(%[sums])\n\t"
-#define QK_FLUSH8                                                                                      \
-  QK_FLUSH(0, 0)                                                                                       \
-  QK_FLUSH(64, 1) QK_FLUSH(128, 2) QK_FLUSH(192, 3) QK_FLUSH(256, 4) QK_FLUSH(320, 5) QK_FLUSH(384, 6) \
-      QK_FLUSH(448, 7)
+#define QK_FLUSH8 \
+  QK_FLUSH(0, 0)  \
+  QK_FLUSH(64, 1) QK_FLUSH(128, 2) QK_FLUSH(192, 3) QK_FLUSH(256, 4) QK_FLUSH(320, 5) QK_FLUSH(384, 6) QK_FLUSH(448, 7)
 #define QK_FLUSH12 QK_FLUSH8 QK_FLUSH(512, 8) QK_FLUSH(576, 9) QK_FLUSH(640, 10) QK_FLUSH(704, 11)
 #define QK_GROUPS(nibble, flush)                                                                                     \
   if (groups == 0) return;                                                                                           \

@@ -11,14 +11,6 @@ constexpr int64_t kSide = 4;
 
 static int64_t rows_together(const BinaryProduct&) { return 32; }
 
-static bool prepare(const BinaryProduct& p, int64_t first, int64_t count, Scratch& scratch) {
-  const size_t sums = (count * kTile * sizeof(int32_t) + 63) / 64 * 64;
-  uint8_t* memory = scratch.get(sums + count * p.bytes);
-  if (!memory) return false;
-  p.rows(p.source, first, count, memory + sums);
-  return true;
-}
-
 // Up to kSide x kSide sums; the rows behind the last one repeat it.
 static void differing(const uint8_t* const (&a)[kSide], const uint8_t* const (&b)[kSide], int64_t bytes,
                       int64_t (&out)[kSide][kSide]) {
@@ -58,15 +50,9 @@ static void sum_block(const BinaryProduct& p, const uint8_t* rows, int64_t count
 
 static void columns(const BinaryProduct& p, int64_t first, int64_t count, int64_t begin, int64_t end,
                     Scratch& scratch) {
-  int32_t* dots = reinterpret_cast<int32_t*>(scratch.get(0));
-  const uint8_t* rows = scratch.get(0) + (count * kTile * sizeof(int32_t) + 63) / 64 * 64;
-  for (int64_t column = begin; column < end; column += kTile) {
-    const int64_t width = end - column < kTile ? end - column : kTile;
-    sum_block(p, rows, count, column, width, dots);
-    write_output(p, first, count, column, width, dots);
-  }
+  count_columns(p, first, count, begin, end, scratch, sum_block);
 }
 
 #pragma GCC pop_options
 
-static const BinaryKernels binary_kernels{false, kTile, rows_together, prepare, columns};
+static const BinaryKernels binary_kernels{false, kTile, rows_together, fetch_rows, columns};

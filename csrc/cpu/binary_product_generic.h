@@ -5,13 +5,6 @@
 
 static int64_t rows_together(const BinaryProduct&) { return 16; }
 
-static bool prepare(const BinaryProduct& p, int64_t first, int64_t count, Scratch& scratch) {
-  uint8_t* memory = scratch.get(count * p.bytes + count * kTile * sizeof(int32_t) + 64);
-  if (!memory) return false;
-  p.rows(p.source, first, count, memory + (count * kTile * sizeof(int32_t) + 63) / 64 * 64);
-  return true;
-}
-
 static int32_t differing(const uint8_t* a, const uint8_t* b, int64_t bytes) {
   int64_t i = 0;
   int32_t sum = 0;
@@ -30,18 +23,17 @@ static int32_t differing(const uint8_t* a, const uint8_t* b, int64_t bytes) {
   return sum;
 }
 
-static void columns(const BinaryProduct& p, int64_t first, int64_t count, int64_t begin, int64_t end,
-                    Scratch& scratch) {
-  int32_t* dots = reinterpret_cast<int32_t*>(scratch.get(0));
-  const uint8_t* rows = scratch.get(0) + (count * kTile * sizeof(int32_t) + 63) / 64 * 64;
-  for (int64_t column = begin; column < end; column += kTile) {
-    const int64_t width = end - column < kTile ? end - column : kTile;
-    for (int64_t c = 0; c < width; ++c)
-      for (int64_t r = 0; r < count; ++r)
-        dots[r * kTile + c] = static_cast<int32_t>(p.length) -
-                              2 * differing(rows + r * p.bytes, p.weights + (column + c) * p.bytes, p.bytes);
-    write_output(p, first, count, column, width, dots);
-  }
+static void sum_block(const BinaryProduct& p, const uint8_t* rows, int64_t count, int64_t column, int64_t width,
+                      int32_t* dots) {
+  for (int64_t c = 0; c < width; ++c)
+    for (int64_t r = 0; r < count; ++r)
+      dots[r * kTile + c] = static_cast<int32_t>(
+          p.length - 2 * differing(rows + r * p.bytes, p.weights + (column + c) * p.bytes, p.bytes));
 }
 
-static const BinaryKernels binary_kernels{false, kTile, rows_together, prepare, columns};
+static void columns(const BinaryProduct& p, int64_t first, int64_t count, int64_t begin, int64_t end,
+                    Scratch& scratch) {
+  count_columns(p, first, count, begin, end, scratch, sum_block);
+}
+
+static const BinaryKernels binary_kernels{false, kTile, rows_together, fetch_rows, columns};
