@@ -73,15 +73,15 @@ static void pack_rows_typed(const void* data, int64_t k, uint32_t* words, int64_
   }
 }
 
-// Up to kColumns neighbouring columns: one bit of each a step, so that memory is read along its rows, about a page of
-// each at a time. The processor does not foresee the jump to the next row, so that is asked for here.
-constexpr int64_t kColumns = 1024;
+// Up to kColumns neighbouring columns: one bit of each a step, so that memory is read along its rows. The processor
+// does not foresee the jump to the next row, so the rows are long: the words of a plane of 56x56 fit in the first-level
+// cache.
+constexpr int64_t kColumns = 4096;
 template <class T>
 QK_LANE void pack_column_words(const T* x, int64_t inner, int64_t rows, int64_t columns, uint32_t* words) {
   for (int64_t c = 0; c < columns; ++c) words[c] = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = x + r * inner;
-    for (int64_t c = 0; c < columns; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + 2 * inner + c);
     for (int64_t c = 0; c < columns; ++c) words[c] |= static_cast<uint32_t>(is_plus(row[c])) << r;
   }
 }
