@@ -120,14 +120,12 @@ def speedups(results: Sequence[harness.Result]) -> tuple[list[str], list[list[st
     """
     cases = {case: timed for case, timed in by_case(results).items() if fastest_float(timed)}
     present = [peer for peer in BINARY_PEERS if any(peer in timed for timed in cases.values())]
-    columns = ["operation", "shape", "fastest float", "float ms", "ours ms", *BINARY_SHOWN.values()]
+    columns = ["operation", "shape", "fastest float", *BINARY_SHOWN.values()]
     rows = []
     for (operation, shape), timed in cases.items():
         fastest = fastest_float(timed)
         assert fastest is not None
-        ours = timed.get("quantkern")
         row = [operation, shape, fastest.contestant]
-        row += [harness.figure(fastest.p50_ms), harness.figure(ours.p50_ms if ours else None)]
         row += [
             harness.figure(fastest.p50_ms / timed[form].p50_ms, "x") if form in timed else "" for form in BINARY_SHOWN
         ]
@@ -143,12 +141,9 @@ def packed_figures(results: Sequence[harness.Result]) -> tuple[list[str], list[l
         if ours is None:
             continue
         if operation == "pack_signs":
-            floor, copied = timed.get("floor"), timed.get("copy")
-            copy = f" (copying: {harness.figure(copied.p50_ms)} ms)" if copied else ""
-            rows.append(
-                [f"time of pack_signs over reading {shape}", f"{harness.figure(ours.p50_ms)} ms",
-                 f"{harness.figure(floor.p50_ms if floor else None)} ms{copy}", harness.figure(ours.to_floor, "x")]
-            )  # fmt: skip
+            copied = timed.get("copy")
+            copying = f"copying {harness.figure(copied.to_floor, 'x')}" if copied else ""
+            rows.append([f"time of pack_signs over reading {shape}", "", copying, harness.figure(ours.to_floor, "x")])
             continue
         key, unit, what = {
             "training": ("saved_bytes", 1e6, f"MB kept for the backward, {shape}, the float layer's over ours"),

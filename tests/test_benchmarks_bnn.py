@@ -202,8 +202,6 @@ def test_speedups_are_over_the_fastest_float() -> None:
         "operation": "conv2d",
         "shape": "s",
         "fastest float": "float channels_last",
-        "float ms": "30.0",
-        "ours ms": "2.00",
         "ours, packed inputs": "30.0x",
         "ours, packing included": "15.0x",
         "ours, packed signs out": "",
@@ -216,7 +214,7 @@ def test_speedups_are_over_the_fastest_float() -> None:
 def test_the_other_figures() -> None:
     _, rows = report.packed_figures(RESULTS)
     assert [row[1:] for row in rows] == [
-        ["2.00 ms", "1.00 ms (copying: 3.00 ms)", "2.00x"],
+        ["", "copying 3.00x", "2.00x"],
         ["2.00", "50.0", "25.0x"],
         ["1.00", "16.0", "16.0x"],
     ]
