@@ -1,10 +1,10 @@
 // The instructions C++ has no words for: asynchronous copies into shared memory, matrix loads and matrix products.
 //
 // All but the copies are done by a whole warp together. The matrices of a product lie in its lanes as the
-// instructions want them: with g = lane / 4 and t = lane % 4, lane holds
-//   a  [16 rows][8 words]:    a[0] row g word t, a[1] row g + 8 word t, a[2] row g word t + 4, a[3] row g + 8 word t +
-//   4 b  [8 columns][8 words]:  b[0] column g word t, b[1] column g word t + 4 sums [16 rows][8 columns]: sums[2 h + e]
-//   row g + 8 h column 2 t + e
+// instructions want them; with g = lane / 4 and t = lane % 4, lane holds
+//   of a [16 rows][8 words]: a[0] is row g, word t; a[1] row g + 8, word t; a[2] and a[3] the same rows, word t + 4
+//   of b [8 columns][8 words]: b[0] is column g, word t; b[1] column g, word t + 4
+//   of the sums [16 rows][8 columns]: sums[2 h + e] is row g + 8 h, column 2 t + e
 #pragma once
 
 #include <cstdint>
