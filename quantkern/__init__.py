@@ -2,7 +2,14 @@
 
 from quantkern import functional, nn, reference
 from quantkern.backend import Backend, backends
-from quantkern.quantizers import BNNQuantizer, DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quantizer
+from quantkern.quantizers import (
+    BNNQuantizer,
+    DoReFaQuantizer,
+    LsqQuantizer,
+    NaiveQuantizer,
+    ObserverQuantizer,
+    QAT_Quantizer,
+)
 from quantkern.settings import reset_quant_scheme_dtype, set_quant_scheme_dtype
 
 __version__ = "0.1.0"
@@ -13,6 +20,7 @@ __all__ = [
     "DoReFaQuantizer",
     "LsqQuantizer",
     "NaiveQuantizer",
+    "ObserverQuantizer",
     "QAT_Quantizer",
     "backends",
     "functional",

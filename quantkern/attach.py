@@ -138,9 +138,9 @@ class LayerQuantizers(nn.Module):
         device = next((buffer.device for buffer in self.buffers()), self.device_at_start)
         kind = kind_of(name)
         module: FakeQuant = self.kinds[kind](f"{self.layer_name}.{name}", self.specs[kind], channels, device)
-        steps = [other.step for other in self.children() if isinstance(other, FakeQuant) and other.step is not None]
-        if module.step is not None and steps:
-            module.step.copy_(steps[0])
+        for other in self.children():
+            if isinstance(other, FakeQuant):
+                module.follow(other)
         return module.train(self.training)
 
     def missing(self, names: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkern import functional, reference
-from quantkern.config import TensorSpec
+from quantkern.config import TensorSpec, is_int
 
 
 def _numbers(value: Tensor) -> float | list[float]:
@@ -46,6 +46,11 @@ class FakeQuant(nn.Module):
     def is_observed(self) -> bool:
         """Whether it knows its scale, or needs none. May wait for the device."""
         return True
+
+    def follow(self, sibling: FakeQuant) -> None:
+        """Take over what all tensors of a layer have in common."""
+        if self.step is not None and sibling.step is not None:
+            self.step.copy_(sibling.step)
 
     def settings(self, name: str) -> dict[str, Any]:
         """The part of a calibration dict that a rule decides."""
@@ -141,6 +146,29 @@ class RangedFakeQuant(ScaledFakeQuant):
         self.register_buffer("scale", torch.ones(shape, device=device))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32, device=device))
 
+    def read_settings(self, name: str, given: Mapping[str, Any], problems: list[str]) -> None:
+        """Bits, axis and granularity must agree; another dtype, symmetry or range of integers is converted."""
+        own = self.settings(name)
+        converted = [f"{name}_{key}" for key in ("dtype", "qmin", "qmax")]
+        for key in (f"{name}_qmin", f"{name}_qmax"):
+            if key in given and not is_int(given[key]):
+                problems.append(f"{self.label}: {key} is {given[key]!r}, expected an integer")
+        scheme = given.get(f"{name}_scheme")
+        if isinstance(scheme, str) and scheme.startswith("per_channel") == self.spec.per_channel:
+            converted.append(f"{name}_scheme")
+        rest = {key: value for key, value in given.items() if key in own and key not in converted}
+        super().read_settings(name, rest, problems)
+
+    def same_grid(self, name: str, given: Mapping[str, Any], zero_point: Tensor) -> bool:
+        """Whether a scale and zero point of ``given`` mean here what they mean there."""
+        return bool((zero_point == zero_point.round()).all()) and all(
+            given.get(key, own) == own for key, own in self.settings(name).items()
+        )
+
+    def own_grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale and zero point that this rule gives the ranges [low, high]."""
+        return reference.choose_scale(low.float(), high.float(), *self.spec.quant_range, self.spec.symmetric)
+
     def quantize(self, x: Tensor, axis: int | None) -> Tensor:
         """x on the grid of the scale and zero point stored here."""
         low, high = self.spec.quant_range
@@ -191,11 +219,16 @@ class WeightFakeQuant(RangedFakeQuant):
             # NNI writes zeros for a weight that was never quantized: the current range decides, as without a dict.
             return lambda: None
         low, high = self.spec.quant_range
+        low, high = given.get(f"{name}_qmin", low), given.get(f"{name}_qmax", high)
+        if not (is_int(low) and is_int(high)):
+            return lambda: None
         if bool((scale < 0).any()):
             problems.append(f"{self.label}: {name}_scale is {given[f'{name}_scale']!r}, expected positive values")
         if bool((zero_point < low).any()) or bool((zero_point > high).any()):
             value = given[f"{name}_zero_point"]
             problems.append(f"{self.label}: {name}_zero_point is {value!r}, expected values from {low} to {high}")
+        if not self.same_grid(name, given, zero_point):
+            scale, zero_point = self.own_grid((low - zero_point) * scale, (high - zero_point) * scale)
 
         def take() -> None:
             self.scale.copy_(scale)
@@ -303,9 +336,8 @@ class ActivationFakeQuant(RangedFakeQuant):
             found = f"{keys[0]} is {given.get(keys[0])!r} and {keys[1]} is {given.get(keys[1])!r}"
             problems.append(f"{self.label}: {found}, expected a smallest and a largest value")
             return lambda: None
-        if scale is None or zero_point is None:
-            settings = (*self.spec.quant_range, self.spec.symmetric)
-            scale, zero_point = reference.choose_scale(low.float(), high.float(), *settings)
+        if scale is None or zero_point is None or not self.same_grid(name, given, zero_point):
+            scale, zero_point = self.own_grid(low, high)
         elif scale.shape != low.shape or zero_point.shape != low.shape or bool((scale <= 0).any()):
             problems.append(
                 f"{self.label}: {keys[2]} is {given[keys[2]]!r}, expected as many positive values as ranges"

@@ -20,10 +20,13 @@ import bnn_vgg  # noqa: E402
 import data  # noqa: E402
 import fashion_mnist  # noqa: E402
 import models  # noqa: E402
+import ptq  # noqa: E402
 import quickstart  # noqa: E402
 import train  # noqa: E402
 from progress import Progress  # noqa: E402
 from recipes import ONE_OF_EACH  # noqa: E402
+
+from quantkern.observers import OBSERVERS  # noqa: E402
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -292,6 +295,35 @@ def test_bnn_vgg_on_the_float_network_and_without_data(tmp_path: Path) -> None:
     assert "packed" not in bnn_vgg.main(options)
     with pytest.raises(SystemExit, match="data_batch_1.bin"):
         bnn_vgg.main(["--dataset", "cifar10", "--data", str(tmp_path)])
+
+
+def test_ptq_compares_every_observer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (pip install scikit-learn)")
+    out, threads = tmp_path / "ptq.json", torch.get_num_threads()
+    options = ["--epochs", "6", "--limit", "400", "--batch-size", "32"]
+    try:
+        runs = ptq.main([*options, "--bits", "8,3", "--json", str(out)])
+    finally:
+        torch.set_num_threads(threads)
+    floating = next(run.accuracy for run in runs if run.observer == "float")
+    assert floating > 80
+    assert {(run.observer, run.bits) for run in runs} == {("float", 32), *((o, b) for o in OBSERVERS for b in (8, 3))}
+    assert all(abs(run.accuracy - floating) < 3 for run in runs if run.bits == 8)
+    errors = {(run.observer, run.bits): run.error for run in runs}
+    assert errors["histogram", 3] < errors["minmax", 3] and errors["histogram", 8] < errors["histogram", 3]
+    assert len(json.loads(out.read_text())["runs"]) == len(runs)
+    assert "versions" in json.loads(out.read_text())
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in OBSERVERS)
+
+
+def test_ptq_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="apt-get install dataset-fashion-mnist"):
+        ptq.main(["--dataset", "fashion-mnist", "--data", str(tmp_path)])
+    for arguments in (["--observers", "mse,median"], ["--bits", "8,99"]):
+        with pytest.raises(SystemExit):
+            ptq.main(arguments)
+        assert arguments[1] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--seeds", "two"], ["--quantizers", "qta"]])

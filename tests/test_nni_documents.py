@@ -6,6 +6,7 @@ without its closing quote, which is mended here.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,9 @@ IMPORTS = {
         "from quantkern import DoReFaQuantizer"
     ),
     "from nni.algorithms.compression.pytorch.quantization import BNNQuantizer": "from quantkern import BNNQuantizer",
+    "from nni.algorithms.compression.pytorch.quantization import ObserverQuantizer": (
+        "from quantkern import ObserverQuantizer"
+    ),
     "from nni.compression.pytorch.quantization.settings import set_quant_scheme_dtype": (
         "from quantkern.settings import set_quant_scheme_dtype"
     ),
@@ -152,6 +156,45 @@ configure_list = [{
 quantizer = BNNQuantizer(model, configure_list)
 model = quantizer.compress()
 """  # noqa: E501
+
+
+# The document has lost the indentation, and two quotation marks behind 'conv2 and 'relu2.
+OBSERVER = """
+from nni.algorithms.compression.pytorch.quantization import ObserverQuantizer
+def calibration(model, calib_loader):
+    model.eval()
+    with torch.no_grad():
+        for data, _ in calib_loader:
+            model(data)
+model = Mnist()
+configure_list = [{
+'quant_bits': 8,
+'quant_types': ['weight', 'input'],
+'op_names': ['conv1', 'conv2'],
+}, {
+'quant_bits': 8,
+'quant_types': ['output'],
+'op_names': ['relu1', 'relu2'],
+}]
+quantizer = ObserverQuantizer(model, configure_list)
+calibration(model, calib_loader)
+model = quantizer.compress()
+"""
+
+# From the docstring of the class.
+OBSERVER_EXAMPLE = """
+from nni.algorithms.compression.pytorch.quantization import ObserverQuantizer
+config_list = [{'quant_types': ['weight', 'input'], 'quant_bits': {'weight': 8, 'input': 8}, 'op_types': ['Conv2d']}]
+quantizer = ObserverQuantizer(model, config_list)
+# define a calibration function
+def calibration(model, calib_loader):
+    model.eval()
+    with torch.no_grad():
+        for data, _ in calib_loader:
+            model(data)
+calibration(model, calib_loader)
+quantizer.compress()
+"""
 
 
 class Mnist(nn.Module):
@@ -333,3 +376,36 @@ def test_bnn() -> None:
     matrices = [(old, new) for old, new in zip(before, model.parameters(), strict=True) if new.dim() > 1]
     assert len(matrices) == 9 and all(not torch.equal(old, new) for old, new in matrices)
     assert set(model.features[3].weight.unique().tolist()) == {-1.0, 1.0}
+
+
+def _images() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(8, 1, 28, 28, generator=generator), torch.zeros(8)) for _ in range(4)]
+
+
+def test_observer() -> None:
+    """As in NNI a model in training mode is refused; the document leaves out where it is put into evaluation mode."""
+    with pytest.raises(ValueError, match="call model.eval"):
+        run(OBSERVER, calib_loader=_images())
+    torch.manual_seed(0)
+    floating = Mnist().eval()
+    model = copy.deepcopy(floating)
+    scope = run(OBSERVER, Mnist=lambda: model, calib_loader=_images())
+    assert scope["model"] is model and not model.training
+    assert model.conv2.weight.unique().numel() <= 255
+    assert model.conv2.parametrizations.weight[0].spec.quant_range == (-127, 127)
+    assert model.relu1.quantkern.output.spec.quant_range == (0, 127)
+    x = _images()[0][0]
+    seen = []
+    handle = model.relu2.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        assert 0 < (model(x) - floating(x)).abs().max() < 0.1
+    handle.remove()
+    assert seen[0].unique().numel() <= 128
+
+
+def test_observer_example() -> None:
+    model = Mnist().eval()
+    scope = run(OBSERVER_EXAMPLE, model=model, calib_loader=_images())
+    assert scope["quantizer"].is_compressed()
+    assert model.conv1.weight.unique().numel() <= 255

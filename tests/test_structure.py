@@ -16,12 +16,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "quantkern"
 
 LEVELS = [
-    {"settings", "config", "reference", "ops", "_C", "_built_for"},
+    {"settings", "config", "reference", "ops", "progress", "_C", "_built_for"},
+    {"clip_range"},
     {"triton"},
     {"backend"},
     {"binary"},
     {"functional"},
-    {"fake_quant", "learned", "binarized", "observers"},
+    {"fake_quant", "learned", "binarized", "observers", "observed"},
     {"attach", "bn_fold"},
     {"nn"},
     {"quantizers"},

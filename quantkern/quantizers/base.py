@@ -202,8 +202,9 @@ class Quantizer(nn.Module):
         which lack the scales of inputs and outputs, are read too.
 
         Raises:
-            ValueError: entries that contradict the rules (bits, scheme, dtype, channels) or are no numbers; all of
-                them at once, nothing is changed. Layers missing on either side are a warning, as in NNI.
+            ValueError: entries that contradict the rules (bits, granularity, axis, channels) or are no numbers; all
+                of them at once, nothing is changed. A grid of another dtype, symmetry or range of integers becomes
+                the one that the rule gives the same range. Layers missing on either side are a warning, as in NNI.
         """
         self._require_attached("load_calibration_config")
         if not isinstance(calibration_config, Mapping):

@@ -1,0 +1,389 @@
+"""Observers: exact histograms in any order, searches against brute force, bad values, devices, ranks."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quantkern import clip_range, observers, reference
+from quantkern.clip_range import Histogram, Levels
+from quantkern.observers import OBSERVERS, HistogramObserver, Observer, ObserverSpec, make_observer
+
+EVERY = sorted(OBSERVERS)
+WITH_BINS = [name for name in EVERY if name not in ("minmax", "moving_average")]
+
+
+def spec(name: str = "histogram", bits: int = 8, **more: Any) -> ObserverSpec:
+    settings = {"dtype": "uint", "scheme": "per_tensor_affine", **more}
+    return ObserverSpec(bits, observer=name, **settings)
+
+
+def numbers(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seen(observer: Observer, batches: list[Tensor], axis: int | None = None) -> Observer:
+    for batch in batches:
+        observer.observe(batch, axis)
+    return observer
+
+
+def error(x: Tensor, scale: Tensor, zero_point: Tensor, levels: Levels) -> float:
+    y = reference.quantize(x, scale, zero_point, levels.quant_min, levels.quant_max)[0]
+    return float((y - x).double().square().mean())
+
+
+# ---------------------------------------------------------------- histograms
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_a_histogram_does_not_depend_on_the_order_of_batches(channels: bool) -> None:
+    batches = [numbers(seed, 6, 3, 50) * 7.0 ** (seed - 3) + seed for seed in range(6)]
+    batches.append(torch.zeros(6, 3, 50))
+    rule = spec(scheme="per_channel_affine", axis=1) if channels else spec()
+    axis = 1 if channels else None
+    first = seen(make_observer(rule), batches, axis)
+    second = seen(make_observer(rule), batches[::-1], axis)
+    whole = seen(make_observer(rule), [torch.cat(batches)], axis)
+    for other in (second, whole):
+        for name in ("low", "high", "counts", "exponent", "origin"):
+            assert torch.equal(getattr(first, name), getattr(other, name)), name
+    assert isinstance(first, HistogramObserver) and first.counts.sum() == 7 * 900
+
+
+def test_bins_hold_what_their_edges_say() -> None:
+    batches = [numbers(seed, 1000) * 3**seed for seed in range(4)]
+    observer = seen(make_observer(spec()), batches)
+    assert isinstance(observer, HistogramObserver)
+    histogram, values = observer.histogram(), torch.cat(batches).double()
+    expected = torch.searchsorted(values.sort().values, histogram.edges[0], right=True).diff()
+    assert torch.equal(histogram.counts[0].long(), expected)
+    used = (values.max() - values.min()) / (histogram.edges[0, 1] - histogram.edges[0, 0])
+    assert observers.BINS / 2 - 2 <= used <= observers.BINS
+    assert (histogram.edges == 0).any()
+
+
+def test_zeros_of_tensors_without_negative_values_have_a_bin_of_their_own() -> None:
+    x = numbers(0, 5000).relu()
+    observer = seen(make_observer(spec()), [x])
+    assert isinstance(observer, HistogramObserver)
+    histogram = observer.histogram()
+    assert histogram.counts.sum() - histogram.without_zeros().counts.sum() == (x == 0).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_tensors_of_other_dtypes(dtype: torch.dtype) -> None:
+    x = numbers(0, 500).to(dtype)
+    first, second = (seen(make_observer(spec()), [value]) for value in (x, x.float()))
+    for mine, theirs in zip(first.calculate_qparams(), second.calculate_qparams(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert first.low.dtype is torch.float32
+    assert torch.equal(first.half().low, second.low)
+
+
+@pytest.mark.parametrize("largest", [3e38, 1e-37, 1e-44])
+def test_ranges_at_the_ends_of_float32(largest: float) -> None:
+    x = torch.tensor([-largest, 0.0, largest / 2, largest])
+    observer = seen(make_observer(spec()), [x * 1e-3, x])
+    assert isinstance(observer, HistogramObserver)
+    assert observer.counts.sum() == 8
+    scale, _ = observer.calculate_qparams()
+    assert scale.isfinite() and scale > 0
+
+
+@pytest.mark.parametrize("name", WITH_BINS)
+@pytest.mark.parametrize("channels", [False, True])
+def test_observing_elsewhere_than_on_the_cpu_waits_for_nothing_and_counts_the_same(
+    name: str, channels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoReads(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Callable[..., object], types: object, args: tuple[Any, ...] = (), kwargs: dict | None = None
+        ) -> object:
+            waiting = (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.bincount)
+            assert func.overloadpacket not in waiting, f"{func} reads a value back to the host"
+            return func(*args, **(kwargs or {}))
+
+    rule = spec(name, scheme="per_channel_affine", axis=1) if channels else spec(name)
+    batches = [numbers(seed, 4, 3, 40) * (1 + seed % 3) for seed in range(5)]
+    batches.append(torch.full((4, 3, 40), torch.nan))
+    expected = seen(make_observer(rule, 3), batches, rule.axis)
+    monkeypatch.setattr(observers, "HOST_SEES", frozenset())
+    elsewhere = make_observer(rule, 3)
+    with NoReads():
+        seen(elsewhere, batches, rule.axis)
+    assert expected.spoiled == elsewhere.spoiled == 6
+    for key, value in expected.state_dict().items():
+        if not channels or key != "counts":  # of the refused batch
+            assert torch.equal(value, elsewhere.state_dict()[key]), key
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert observers.count_of(torch.tensor([3.0, 0.0, 3.0]), 5).tolist() == [1, 0, 0, 2, 0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with pytest.raises(AssertionError, match="reads a value back"), NoReads():
+        bool(elsewhere.low.sum() > 0)
+
+
+# ---------------------------------------------------------------- ranges
+
+
+def test_min_max_and_moving_average() -> None:
+    batches = [torch.tensor([-1.0, 2.0]), torch.tensor([-3.0, 1.0])]
+    widest = seen(make_observer(spec("minmax")), batches)
+    assert (widest.low.item(), widest.high.item()) == (-3, 2)
+    average = seen(make_observer(spec("moving_average", ema_decay=0.75)), batches)
+    assert (average.low.item(), average.high.item()) == (-1.5, 1.75)
+    scale, zero_point = widest.calculate_qparams()
+    assert scale.item() == pytest.approx(5 / 255) and zero_point.item() == 153
+
+
+@pytest.mark.parametrize("percentile", [99.0, 99.9, 100.0])
+def test_percentiles(percentile: float) -> None:
+    x = numbers(3, 100000).square()
+    low, high = seen(make_observer(spec("percentile", percentile=percentile)), [x]).clip_range()
+    expected = torch.quantile(x.double(), torch.tensor([1 - percentile / 100, percentile / 100]).double())
+    width = float(x.max()) / observers.BINS * 4
+    assert (low.item(), high.item()) == pytest.approx(expected.tolist(), abs=width)
+    if percentile == 100:
+        assert (low.item(), high.item()) == (x.min().item(), x.max().item())
+
+
+def test_the_integral_of_the_squared_error_is_what_a_sum_approaches() -> None:
+    steps = torch.linspace(-9, 9, 400001, dtype=torch.float64)
+    nearest = steps.round().clamp(-3, 5)
+    area = ((steps - nearest).square() * (steps[1] - steps[0])).cumsum(0)
+    found = clip_range.error_integral(steps, torch.tensor(-3.0).double(), torch.tensor(5.0).double())
+    assert torch.allclose(found - found[0], area, atol=1e-2)
+
+
+DISTRIBUTIONS = {
+    "normal": lambda: numbers(0, 20000),
+    "shifted": lambda: numbers(1, 20000) + 0.7,
+    "relu": lambda: numbers(2, 20000).relu(),
+    "negative": lambda: -numbers(3, 20000).abs(),
+    "heavy": lambda: numbers(4, 20000) ** 3,
+    "one outlier": lambda: torch.cat([numbers(5, 20000), torch.tensor([60.0])]),
+    "uniform": lambda: torch.linspace(0, 6, 20000),
+}
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("scheme", ["per_tensor_affine", "per_tensor_symmetric"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_smallest_error_is_near_that_of_a_full_search(distribution: str, scheme: str, bits: int) -> None:
+    x = DISTRIBUTIONS[distribution]()
+    rule = spec(bits=bits, scheme=scheme, dtype="int" if "symmetric" in scheme else "uint")
+    levels = Levels(*rule.quant_range, rule.symmetric)
+    found = error(x, *seen(make_observer(rule), [x]).calculate_qparams(), levels)
+    parts = torch.arange(1, 41) / 40
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    pairs = [(a, b) for a in (parts if low < 0 and not rule.symmetric else [1.0]) for b in parts]
+    if rule.symmetric:
+        pairs = [(b, b) for b in parts]
+    best = min(error(x, *levels.scale(low * a, high * b), levels) for a, b in pairs)
+    assert found <= best * 1.05
+    by_parts = error(x, *seen(make_observer(rule.__class__(**{**vars(rule), "observer": "mse"})), [x])
+                     .calculate_qparams(), levels)  # fmt: skip
+    assert found <= by_parts * 1.01
+
+
+def test_errors_of_a_histogram_are_those_of_the_values() -> None:
+    x = numbers(7, 200000)
+    observer = seen(make_observer(spec()), [x])
+    assert isinstance(observer, HistogramObserver)
+    low, high = torch.tensor([[-4.0, -2.0, -3.0]]), torch.tensor([[4.0, 2.5, 1.0]])
+    for levels in (Levels(0, 15, False), Levels(-7, 7, True)):
+        found = clip_range.squared_errors(observer.histogram(), low.double(), high.double(), levels)[0] / x.numel()
+        expected = [error(x, *levels.scale(a, b), levels) for a, b in zip(low[0], high[0], strict=True)]
+        assert found.tolist() == pytest.approx(expected, rel=2e-3)
+
+
+def test_entropy_is_least_for_the_range_of_a_full_search() -> None:
+    """The divergence itself, written out for one range at a time."""
+    x = numbers(8, 50000).abs()
+    observer = seen(make_observer(spec("entropy", 4)), [x])
+    assert isinstance(observer, HistogramObserver)
+    histogram, levels = observer.histogram(), Levels(0, 15, False)
+    counts, middle = histogram.counts[0], (histogram.edges[0, 1:] + histogram.edges[0, :-1]) / 2
+    middle = middle.clamp(x.min(), x.max())
+    highs = histogram.high * torch.arange(64, 0, -1) / 64
+    by_hand = []
+    for high in highs.tolist():
+        q = (middle / (high / 15)).round()
+        inside = (q >= 0) & (q <= 15)
+        real = counts * inside
+        quantized = torch.zeros_like(real)
+        for level in range(16):
+            here = inside & (q == level) & (counts > 0)
+            quantized[here] = real[here].sum() / here.sum().clamp(min=1)
+        last = inside.nonzero().max()
+        real[last] += counts[q > 15].sum()
+        real, quantized = real / real.sum(), (quantized / quantized.sum()).clamp(min=1e-4 / len(real))
+        by_hand.append(torch.where(real > 0, real * (real / quantized).log(), 0.0).sum())
+    found = clip_range.divergences(histogram, torch.zeros(1, 64).double(), highs.double().unsqueeze(0), levels)
+    torch.testing.assert_close(found[0], torch.stack(by_hand), rtol=1e-6, atol=1e-9)
+    low, high = observer.clip_range()
+    assert low == 0 and high == highs[int(torch.stack(by_hand).argmin())]
+    assert 0.3 < high / x.max() < 1
+
+
+def test_rows_are_searched_in_parts_of_limited_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = numbers(9, 64, 7) * torch.arange(1, 8)
+    rule = spec(scheme="per_channel_affine", axis=1)
+    expected = {name: seen(make_observer(spec(name, scheme=rule.scheme, axis=1)), [x], 1).calculate_qparams()
+                for name in WITH_BINS}  # fmt: skip
+    monkeypatch.setattr(clip_range, "MOST_ELEMENTS", 1)
+    for name, (scale, zero_point) in expected.items():
+        for channel in range(7):
+            alone = seen(make_observer(spec(name, scheme=rule.scheme, axis=1)), [x[:, channel : channel + 1]], 1)
+            mine = alone.calculate_qparams()
+            assert torch.equal(mine[0], scale[channel : channel + 1]), (name, channel)
+            assert torch.equal(mine[1], zero_point[channel : channel + 1])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("quant_max", [127, 255])
+def test_errors_are_not_above_those_of_torch(distribution: str, quant_max: int) -> None:
+    ao = pytest.importorskip("torch.ao.quantization.observer")
+    x = DISTRIBUTIONS[distribution]()
+    batches = list(x.split(4000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = ao.HistogramObserver(dtype=torch.quint8, quant_min=0, quant_max=quant_max)
+        for batch in batches:
+            theirs(batch)
+        scale, zero_point = theirs.calculate_qparams()
+    levels = Levels(0, quant_max, False)
+    rule = spec(reduce_range=quant_max == 127)
+    assert rule.quant_range == (0, quant_max)
+    mine = error(x, *seen(make_observer(rule), batches).calculate_qparams(), levels)
+    assert mine <= error(x, scale.reshape(()), zero_point.reshape(()), levels) * 1.005
+
+
+# ---------------------------------------------------------------- awkward tensors
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("value", [0.0, 5.0, -0.25])
+@pytest.mark.parametrize("scheme", ["per_tensor_affine", "per_channel_symmetric"])
+def test_constant_tensors_have_a_usable_scale(name: str, value: float, scheme: str) -> None:
+    rule = spec(name, scheme=scheme, dtype="int", axis=1 if "channel" in scheme else None)
+    x = torch.full((4, 2, 3), value)
+    observer = seen(make_observer(rule), [x, x], rule.axis)
+    scale, zero_point = observer.calculate_qparams()
+    assert (scale >= 5e-4).all() and (scale <= 1).all()
+    y = reference.quantize(x, scale, zero_point, *rule.quant_range, rule.axis)[0]
+    assert torch.allclose(y, x, rtol=5e-3, atol=0)
+
+
+def test_a_dead_channel_gets_the_largest_scale_of_the_others() -> None:
+    x = torch.stack([torch.zeros(50), numbers(0, 50), numbers(1, 50) * 9])
+    rule = spec("minmax", scheme="per_channel_affine", axis=0)
+    scale, _ = seen(make_observer(rule), [x], 0).calculate_qparams()
+    assert scale[0] == scale[2] > scale[1]
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_batch_with_nan_or_infinity_is_named(name: str, value: float) -> None:
+    batches = [numbers(seed, 40) for seed in range(4)]
+    good = seen(make_observer(spec(name)), batches[:2])
+    before = copy.deepcopy(good)
+    batches[2][5] = value
+    seen(good, batches[2:])
+    with pytest.raises(ValueError, match="the tensor holds NaN or infinity in batch 3 of 4"):
+        good.calculate_qparams()
+    assert torch.equal(seen(before, batches[3:]).low, good.low)
+    with pytest.raises(RuntimeError, match="the tensor has not been seen"):
+        seen(make_observer(spec(name)), [torch.empty(0, 3)]).calculate_qparams()
+
+
+def test_channels_must_stay_as_many() -> None:
+    rule = spec(scheme="per_channel_affine", axis=1)
+    observer = seen(make_observer(rule, 3, label="conv.input"), [numbers(0, 2, 5)], 1)
+    with pytest.raises(ValueError, match=r"conv.input has shape \[2, 4\], expected 5 channels on axis 1"):
+        observer(numbers(0, 2, 4))
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("scheme", ["per_tensor_affine", "per_channel_affine"])
+def test_state_dicts_go_on_exactly(name: str, scheme: str) -> None:
+    rule = spec(name, scheme=scheme, axis=1 if "channel" in scheme else None)
+    batches = [numbers(seed, 30, 4) * (seed + 1) for seed in range(4)]
+    whole = seen(make_observer(rule), batches[:2], rule.axis)
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    file.seek(0)
+    resumed = make_observer(rule)
+    resumed.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    for observer in (whole, resumed):
+        seen(observer, batches[2:], rule.axis)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_loading_forgets_the_range_known_so_far() -> None:
+    """A stale one would put values into bins that are not there."""
+    wide, narrow = seen(make_observer(spec()), [numbers(0, 100) * 1e6]), seen(make_observer(spec()), [numbers(0, 100)])
+    wide.load_state_dict(narrow.state_dict())
+    again = seen(make_observer(spec()), [numbers(0, 100), numbers(1, 100) * 50])
+    seen(wide, [numbers(1, 100) * 50])
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, wide.state_dict()[key]), key
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def _one_rank(rank: int, folder: str) -> None:
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    try:
+        found = {}
+        for name in EVERY:
+            for scheme in ("per_tensor_affine", "per_channel_affine"):
+                rule = spec(name, scheme=scheme, axis=1 if "channel" in scheme else None)
+                own = seen(make_observer(rule, 3), _batches_of(rank), rule.axis)
+                found[f"{name} {scheme}"] = own.over_ranks().state_dict()
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _batches_of(rank: int) -> list[Tensor]:
+    return [numbers(10 * rank + i, 20, 3) * (40.0 if rank else 0.1) for i in range(2 + rank)]
+
+
+def test_ranks_count_together(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for key, state in first.items():
+        name, scheme = key.split()
+        rule = spec(name, scheme=scheme, axis=1 if "channel" in scheme else None)
+        assert all(torch.equal(value, second[key][part]) for part, value in state.items()), key
+        assert state["batches"] == 5
+        if name == "moving_average":
+            ends = [seen(make_observer(rule, 3), _batches_of(rank), rule.axis) for rank in range(2)]
+            assert torch.equal(state["high"], torch.maximum(ends[0].high, ends[1].high))
+            continue
+        whole = seen(make_observer(rule, 3), [*_batches_of(0), *_batches_of(1)], rule.axis)
+        assert all(torch.equal(value, whole.state_dict()[part]) for part, value in state.items()), key
+
+
+def test_merging_bins_keeps_every_count() -> None:
+    counts = torch.arange(10).double().unsqueeze(0)
+    histogram = Histogram(counts, torch.arange(11).double().unsqueeze(0), counts[:, 1], counts[:, 9])
+    merged = histogram.merged(4)
+    assert merged.counts.tolist() == [[3, 12, 21, 9]] and merged.edges.tolist() == [[0, 3, 6, 9, 12]]
+    assert histogram.trimmed().edges.tolist() == [list(range(1, 11))]
