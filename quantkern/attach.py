@@ -199,7 +199,7 @@ def fake_quants(layer: nn.Module) -> list[FakeQuant]:
 def count_step(layer: nn.Module, args: Arguments, output: object) -> None:
     """Forward hook of layers with a delayed start when no optimizer counts: a training forward is a step."""
     if layer.training:
-        torch._foreach_add_([m.step for m in fake_quants(layer) if m.step is not None], 1)
+        _count([layer])
 
 
 class OptimizerStepCounter:
@@ -210,9 +210,15 @@ class OptimizerStepCounter:
 
     def __call__(self, *_: Any) -> None:
         """Count one finished step."""
-        steps = [m.step for layer in self.layers for m in fake_quants(layer) if m.step is not None]
-        if steps:
-            torch._foreach_add_(steps, 1)
+        _count(self.layers)
+
+
+def _count(layers: Sequence[nn.Module]) -> None:
+    counting = [(m, m.step) for layer in layers for m in fake_quants(layer) if m.step is not None]
+    if counting:
+        torch._foreach_add_([step for _, step in counting], 1)
+        for module, _ in counting:
+            module.stepped()
 
 
 class Attachment:
@@ -221,6 +227,8 @@ class Attachment:
     def __init__(self, plan: LayerPlan, kinds: Kinds, sizes: Sizes, device: torch.device, count_forwards: bool) -> None:
         self.name, self.layer = plan.name, plan.layer
         self.own_class, self.computed_as = type(plan.layer), plan.computed_as
+        if plan.computed_as is not None and parametrize.is_parametrized(plan.layer):
+            self.own_class = type(plan.layer).__bases__[0]
         tensors = (*plan.layer.parameters(recurse=False), *plan.layer.buffers(recurse=False), *plan.layer.parameters())
         device = next((tensor.device for tensor in tensors), device)
         label = plan.name or type(plan.layer).__name__
@@ -235,7 +243,8 @@ class Attachment:
             self.tensors = LayerQuantizers(label, plan.layer, activations, kinds, sizes, device)
             self.tensors.train(plan.layer.training)
         self.kinds = frozenset(activations)
-        self.counts = count_forwards and any(spec.start_step for spec in plan.specs.values())
+        self.delayed = any(spec.start_step for spec in plan.specs.values())
+        self.counts = count_forwards and self.delayed
         self.handles: list[RemovableHandle] = []
         self.order: list[str] = []
 
@@ -243,7 +252,7 @@ class Attachment:
         """Put everything on the layer."""
         layer = self.layer
         if self.computed_as is not None:
-            layer.__class__ = self.computed_as
+            change_class(layer, self.own_class, self.computed_as)
         if self.weight is not None:
             self.order = list(layer._parameters)
             parametrize.register_parametrization(layer, "weight", self.weight, unsafe=True)
@@ -253,10 +262,14 @@ class Attachment:
             self.handles.append(layer.register_forward_pre_hook(quantize_inputs, with_kwargs=True))
         if "gradient" in self.kinds:  # before the output: its gradient is quantized last, as it enters the layer
             self.handles.append(layer.register_forward_hook(quantize_gradients))
+        self.attach_to_outputs()
+
+    def attach_to_outputs(self) -> None:
+        """Put on what comes after the layer's forward."""
         if "output" in self.kinds:
-            self.handles.append(layer.register_forward_hook(quantize_outputs))
+            self.handles.append(self.layer.register_forward_hook(quantize_outputs))
         if self.counts:
-            self.handles.append(layer.register_forward_hook(count_step))
+            self.handles.append(self.layer.register_forward_hook(count_step))
 
     def detach(self) -> None:
         """Leave the layer as it was before ``attach``."""
@@ -340,17 +353,34 @@ def remove_parametrization(layer: nn.Module, parametrization: nn.Module, order: 
         owner[name] = owner.pop(name)
 
 
-def run_dummy(
-    model: nn.Module, plans: Sequence[LayerPlan], dummy_input: DummyInput
-) -> tuple[dict[str, Sizes], list[tuple[str, str]]]:
-    """One evaluation-mode forward without gradient: the shapes each layer sees, and (layer, batch norm) neighbours.
+def run_model(model: nn.Module, dummy_input: DummyInput) -> object:
+    """What the model returns in one evaluation-mode forward without gradient.
 
     ``dummy_input`` is a tensor, a tuple or list of positional arguments or a dict of keyword arguments. Nothing
-    stays behind: no hook, no gradient, no change of mode or of batch statistics.
+    stays behind: no gradient, no change of mode or of batch statistics.
     """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            if isinstance(dummy_input, dict):
+                return model(**dummy_input)
+            if isinstance(dummy_input, (tuple, list)):
+                return model(*dummy_input)
+            return model(dummy_input)
+    except Exception as error:
+        raise ValueError(
+            f"the model does not run on dummy_input: {error}. Expected a tensor, a tuple of the model's positional "
+            "arguments or a dict of its keyword arguments, on the model's device; the model is unchanged"
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def run_dummy(model: nn.Module, plans: Sequence[LayerPlan], dummy_input: DummyInput) -> dict[str, Sizes]:
+    """The shapes that each layer sees when the model runs on ``dummy_input``; no hook stays behind."""
     sizes: dict[str, Sizes] = {plan.name: {} for plan in plans}
-    outputs: list[tuple[str, object]] = []
-    pairs: list[tuple[str, str]] = []
     handles: list[RemovableHandle] = []
 
     def watch(plan: LayerPlan) -> None:
@@ -365,41 +395,15 @@ def run_dummy(
 
         def after(_: nn.Module, args: Arguments, output: object) -> None:
             visit_tensors(output, "output", "_", note)
-            if "weight" in plan.specs:
-                outputs.append((plan.name, output))
 
         handles.append(plan.layer.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(plan.layer.register_forward_hook(after))
 
-    def watch_batch_norm(name: str, module: nn.Module) -> None:
-        def before(_: nn.Module, args: Arguments) -> None:
-            pairs.extend((layer, name) for layer, output in outputs if args and output is args[0])
-
-        handles.append(module.register_forward_pre_hook(before))
-
-    modes = [(module, module.training) for module in model.modules()]
     try:
         for plan in plans:
             watch(plan)
-        for name, module in model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                watch_batch_norm(name, module)
-        model.eval()
-        with torch.no_grad():
-            if isinstance(dummy_input, dict):
-                model(**dummy_input)
-            elif isinstance(dummy_input, (tuple, list)):
-                model(*dummy_input)
-            else:
-                model(dummy_input)
-    except Exception as error:
-        raise ValueError(
-            f"the model does not run on dummy_input: {error}. Expected a tensor, a tuple of the model's positional "
-            "arguments or a dict of its keyword arguments, on the model's device; the model is unchanged"
-        ) from error
+        run_model(model, dummy_input)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
-    return sizes, pairs
+    return sizes

@@ -137,6 +137,7 @@ class LayerPlan:
     """One layer to quantize: its dotted name in the model, the rule that chose it, and a spec by quant type.
 
     computed_as: a subclass of the layer's class whose forward the layer has while it is quantized; None: its own.
+    norm: the batch norm behind the layer that is folded into its weight; None: there is none, or it stays.
     """
 
     name: str
@@ -144,6 +145,7 @@ class LayerPlan:
     rule: str
     specs: Mapping[str, TensorSpec]
     computed_as: type[nn.Module] | None = None
+    norm: nn.Module | None = None
 
 
 def is_int(value: object) -> bool:

@@ -52,6 +52,9 @@ class FakeQuant(nn.Module):
         if self.step is not None and sibling.step is not None:
             self.step.copy_(sibling.step)
 
+    def stepped(self) -> None:
+        """Called after a step was counted."""
+
     def settings(self, name: str) -> dict[str, Any]:
         """The part of a calibration dict that a rule decides."""
         low, high = self.spec.quant_range

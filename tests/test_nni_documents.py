@@ -270,14 +270,14 @@ def test_qat() -> None:
     assert model.relu3.quantkern.output.step.item() == 1
 
 
-def test_batch_norm_folding_is_accepted_and_said_to_be_missing() -> None:
+def test_batch_norm_folding() -> None:
     config_list = run(QAT)["config_list"]
     from quantkern import QAT_Quantizer
 
     model = Mnist()
-    with pytest.warns(UserWarning, match="batch norms are not folded.*'bn1' behind 'conv1'"):
-        scope = run(BATCH_NORM_FOLDING, model=model, config_list=config_list, QAT_Quantizer=QAT_Quantizer)
+    scope = run(BATCH_NORM_FOLDING, model=model, config_list=config_list, QAT_Quantizer=QAT_Quantizer)
     assert scope["quantizer"].bound_model is model
+    assert scope["quantizer"].folded_layers == {"conv1": "bn1"}
     train_a_step(model)
 
 

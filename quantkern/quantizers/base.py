@@ -56,12 +56,12 @@ class Quantizer(nn.Module):
         plans = plan_layers(model, config_list, self.form(), stacklevel=4)
         sizes: dict[str, Sizes] = {}
         if dummy_input is not None:
-            sizes, batch_norms = run_dummy(model, plans, dummy_input)
-            self.note_batch_norms(batch_norms)
+            sizes = run_dummy(model, plans, dummy_input)
+        plans = self.fold_batch_norms(model, plans, sizes, dummy_input)
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         plans = self.refine_plans(model, plans)
-        delayed = [plan.layer for plan in plans if any(spec.start_step for spec in plan.specs.values())]
         self._attachments = [self._prepare(plan, sizes, device, optimizer is None) for plan in plans]
+        delayed = [attachment.layer for attachment in self._attachments if attachment.delayed]
         self._attach()
         self._hooks: list[RemovableHandle] = []
         if optimizer is not None and delayed:
@@ -77,8 +77,11 @@ class Quantizer(nn.Module):
     def check_optimizer(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Called before anything is changed; ``require_parameters_of`` is a check to make here."""
 
-    def note_batch_norms(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Called with (quantized layer, batch norm right behind it) as a dummy_input showed them."""
+    def fold_batch_norms(
+        self, model: nn.Module, plans: list[LayerPlan], sizes: Mapping[str, Sizes], dummy_input: DummyInput | None
+    ) -> list[LayerPlan]:
+        """Called before anything is changed; the plans, with the batch norms to fold. ``sizes``: of ``run_dummy``."""
+        return plans
 
     def refine_plans(self, model: nn.Module, plans: list[LayerPlan]) -> list[LayerPlan]:
         """Called last before anything is changed; the plans to follow."""
@@ -238,17 +241,6 @@ def require_parameters_of(model: nn.Module, optimizer: Optimizer) -> None:
         raise ValueError(
             "optimizer holds none of the model's parameters; build it from model.parameters() of this very model. "
             "The model and the optimizer are unchanged"
-        )
-
-
-def warn_not_folded(pairs: Sequence[tuple[str, str]]) -> None:
-    """Say honestly that batch norms are not folded."""
-    if pairs:
-        listed = ", ".join(f"{norm!r} behind {layer!r}" for layer, norm in pairs)
-        warnings.warn(
-            f"batch norms are not folded into the weights before them, they stay layers of their own: {listed}",
-            UserWarning,
-            stacklevel=5,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from quantkern.attach import DummyInput, Kinds
 from quantkern.config import Extra, Form, TensorSpec
 from quantkern.learned import LearnedActivation, LearnedState, LearnedWeight, LsqSpec
-from quantkern.quantizers.base import ConfigList, Quantizer, require_parameters_of, warn_not_folded
+from quantkern.quantizers.base import ConfigList, require_parameters_of
+from quantkern.quantizers.folding import FoldingQuantizer
 from quantkern.settings import QUANT_TYPES, default_settings
 
 _KEYS = ("quant_types", "quant_bits", "quant_dtype", "quant_scheme", "quant_start_step", "axis")
@@ -94,7 +95,7 @@ def scale_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from module.parameters(recurse=False)
 
 
-class LsqQuantizer(Quantizer):
+class LsqQuantizer(FoldingQuantizer):
     """Trains the step size of every quantized tensor together with the weights.
 
     Source: Esser et al., "Learned Step Size Quantization", 2020; the learned offset after Bhalgat et al., "LSQ+",
@@ -124,11 +125,12 @@ class LsqQuantizer(Quantizer):
             first group; the group stays after an export. Build learning rate schedulers afterwards. Without an
             optimizer here, build it afterwards from ``model.parameters()``, which holds the scales, or add
             ``scale_parameters()``.
-        dummy_input: as for ``QAT_Quantizer``.
+        dummy_input, fold_bn, freeze_bn_step: as for ``QAT_Quantizer``. The scale of a folded weight starts on the
+            folded weight, and follows the factor of its batch norm from there.
 
     Raises:
         ConfigError: everything that is wrong with config_list; ValueError: an optimizer that holds none of the
-            model's parameters. Nothing is changed then.
+            model's parameters, or fold_bn=True as for ``QAT_Quantizer``. Nothing is changed then.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -149,7 +151,11 @@ class LsqQuantizer(Quantizer):
         config_list: ConfigList | None = None,
         optimizer: Optimizer | None = None,
         dummy_input: DummyInput | None = None,
+        *,
+        fold_bn: bool | None = None,
+        freeze_bn_step: int | None = None,
     ) -> None:
+        self.choose_folding(fold_bn, freeze_bn_step, dummy_input)
         super().__init__(model, config_list, optimizer, dummy_input)
         check = self.bound_model.register_load_state_dict_pre_hook(_check_state_dict)  # type: ignore[no-untyped-call]
         self._hooks.append(check)
@@ -166,10 +172,6 @@ class LsqQuantizer(Quantizer):
     def check_optimizer(self, model: nn.Module, optimizer: Optimizer) -> None:
         """See ``Quantizer.check_optimizer``."""
         require_parameters_of(model, optimizer)
-
-    def note_batch_norms(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """See ``Quantizer.note_batch_norms``."""
-        warn_not_folded(pairs)
 
     def scale_parameters(self) -> Iterator[nn.Parameter]:
         """The learned scales and zero points, for an optimizer that was not given to the constructor."""

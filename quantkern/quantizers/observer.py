@@ -17,7 +17,7 @@ from quantkern.config import Extra, Form, TensorSpec
 from quantkern.observed import Grid, ObservedActivation, ObservedWeight
 from quantkern.observers import OBSERVERS, Observer, ObserverSpec
 from quantkern.progress import Progress
-from quantkern.quantizers.base import ConfigList, Quantizer, Target, warn_not_folded
+from quantkern.quantizers.base import ConfigList, Quantizer, Target
 from quantkern.settings import FACTORY, QUANT_TYPES, default_settings
 
 Observed = ObservedWeight | ObservedActivation
@@ -138,10 +138,6 @@ class ObserverQuantizer(Quantizer):
                 "call model.eval() first. The model is unchanged"
             )
         return plans
-
-    def note_batch_norms(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """See ``Quantizer.note_batch_norms``."""
-        warn_not_folded(pairs)
 
     def _tensors(self) -> dict[str, Observed]:
         """Every module that quantizes, by its label."""

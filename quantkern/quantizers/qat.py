@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 from torch.optim import Optimizer
 
 from quantkern.attach import DummyInput
 from quantkern.config import Form
-from quantkern.quantizers.base import ConfigList, Quantizer, warn_not_folded
+from quantkern.quantizers.base import ConfigList
+from quantkern.quantizers.folding import FoldingQuantizer
 from quantkern.settings import QUANT_TYPES, default_settings
 
 _KEYS = ("quant_types", "quant_bits", "quant_dtype", "quant_scheme", "quant_start_step", "ema_decay", "axis")
 
 
-class QAT_Quantizer(Quantizer):  # noqa: N801  (NNI's name)
+class QAT_Quantizer(FoldingQuantizer):  # noqa: N801  (NNI's name)
     """Simulates quantized inference while a model trains, with straight-through gradients.
 
     Weights are quantized with their current range, inputs and outputs with a moving average of theirs. Source: Jacob
@@ -42,9 +41,20 @@ class QAT_Quantizer(Quantizer):  # noqa: N801  (NNI's name)
             every micro-batch and every recomputed forward too.
         dummy_input: a tensor, tuple or dict to run the model on once, so that every per-channel size is known from
             the start. Without it they are known from the first batch at the latest.
+        fold_bn: whether the batch norm behind a convolution or linear layer with a quantized weight is folded into
+            that weight before it is quantized, as inference has it; None (default): where dummy_input is given, as in
+            NNI. A layer's 'output' then is that of its batch norm. Batch norms are found in the model's graph, or on
+            dummy_input where torch.fx cannot trace the model; one that is not the only reader of the layer's output
+            stays as it is, with a warning. Call ``convert_sync_batchnorm`` before, not after.
+        freeze_bn_step: after this many steps the folded batch norms keep their statistics; None (default): never.
+            Steps are counted as for quant_start_step. In compiled training without an optimizer here the change
+            comes with the next ``model.train()``. Lower the learning rate then: fixed statistics no longer make up
+            for large steps, in float networks neither. Below 4 bits give it, or a per-channel quant_scheme: only with
+            fixed statistics does training see how few steps a weight of small gamma has among the others.
 
     Raises:
-        ConfigError: everything that is wrong with config_list; the model is unchanged.
+        ConfigError: everything that is wrong with config_list; ValueError: fold_bn=True without dummy_input for a
+            model that cannot be traced. The model is unchanged then.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -61,13 +71,13 @@ class QAT_Quantizer(Quantizer):  # noqa: N801  (NNI's name)
         config_list: ConfigList | None = None,
         optimizer: Optimizer | None = None,
         dummy_input: DummyInput | None = None,
+        *,
+        fold_bn: bool | None = None,
+        freeze_bn_step: int | None = None,
     ) -> None:
+        self.choose_folding(fold_bn, freeze_bn_step, dummy_input)
         super().__init__(model, config_list, optimizer, dummy_input)
 
     def form(self) -> Form:
         """See ``Quantizer.form``."""
         return Form(QUANT_TYPES, _KEYS, default_settings())
-
-    def note_batch_norms(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Say honestly that folding does not happen."""
-        warn_not_folded(pairs)
