@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantizer_checks import NoReads
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -694,13 +695,6 @@ def test_a_batch_norm_in_evaluation_mode_is_folded_in_training_too() -> None:
 
 
 def test_a_training_step_never_waits_for_the_device() -> None:
-    class NoReads(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Callable[..., object], types: object, args: tuple[Any, ...] = (), kwargs: Any = None
-        ) -> object:
-            assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read back to the host"
-            return func(*args, **(kwargs or {}))
-
     for with_optimizer in (True, False):
         model = net().train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from resuming import check_exact_resume
+from quantizer_checks import check_exact_resume
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -562,13 +562,7 @@ def test_export_restores_classes_and_saves_real_weights(tmp_path: Path) -> None:
 
 
 def test_resuming_from_a_state_dict_is_exact() -> None:
-    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = net()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        BNNQuantizer(model, RULES, optimizer)
-        return model, optimizer
-
-    check_exact_resume(start, train, before=3, after=3)
+    check_exact_resume(net, lambda model, optimizer: BNNQuantizer(model, RULES, optimizer), train, 3, 3)
 
 
 def test_copies_live_on_their_own(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from test_cuda_emulation import DTYPES, VIEWS, WEIGHT_VIEWS, axis_of, fresh_state, make_input, same
@@ -28,6 +30,24 @@ def device() -> None:
     reason = why_not()
     if reason:
         pytest.skip(reason)
+
+
+def run_without_waiting(work: Callable[[], object]) -> None:
+    """An error where the host waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def capture(work: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """The graph of ``work``, and the tensors that a replay fills."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = work()
+    return graph, outputs
 
 
 def unpack(mask: Tensor, x: Tensor) -> Tensor:
@@ -265,15 +285,8 @@ def test_binary_operations_in_a_graph() -> None:
         rows = pooled.view(-1, 2)
         return OPS.binary_conv2d(*packed, 128, *geometry), pooled, OPS.binary_matmul(rows, rows[:5], 64)
 
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = work()
+    run_without_waiting(work)
+    graph, outputs = capture(work)
     for _ in range(3):
         x.copy_(torch.randn(x.shape))
         weight.copy_(torch.randn(weight.shape))
@@ -344,12 +357,7 @@ def test_no_host_synchronisation_and_graph_capture() -> None:
         step.add_(1)
         return w, y, OPS.fake_quantize_backward(y, mask, y.stride())
 
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    run_without_waiting(work)
     for value, start in zip(state, fresh_state(6), strict=True):
         value.copy_(start)
     step.zero_()
@@ -390,15 +398,8 @@ def test_lsq_and_dorefa_in_a_graph() -> None:
             OPS.dorefa_gradient(grad, 4, seed),
         )
 
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = work()
+    run_without_waiting(work)
+    graph, outputs = capture(work)
     for batch in range(3):
         x.copy_(torch.randn(4, 6, 40) * (1 + batch))
         scale.fill_(0.05 + 0.1 * batch)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from resuming import check_exact_resume
+from quantizer_checks import check_exact_resume
 from test_quantizers import batch, net, rule, train
 from torch import Tensor, nn
 
@@ -153,13 +153,7 @@ def test_without_a_seed_torch_draws_the_noise() -> None:
 
 
 def test_resuming_from_a_state_dict_is_exact() -> None:
-    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = net()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        DoReFaQuantizer(model, LAYERS, optimizer)
-        return model, optimizer
-
-    check_exact_resume(start, train, before=3, after=3)
+    check_exact_resume(net, lambda model, optimizer: DoReFaQuantizer(model, LAYERS, optimizer), train, 3, 3)
 
 
 def test_copies_live_on_their_own(tmp_path: Path) -> None:

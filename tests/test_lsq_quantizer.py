@@ -7,16 +7,14 @@ import copy
 import math
 import pickle
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from resuming import check_exact_resume
+from quantizer_checks import NoReads, check_exact_resume
 from test_quantizers import EVERY, batch, net, rule, train
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkern import reference
 from quantkern.config import ConfigError
@@ -436,14 +434,9 @@ def test_freezing_the_scales() -> None:
 def test_resuming_from_a_state_dict_is_exact(delay: int) -> None:
     rules = [{**LAYERS[0], "quant_start_step": delay}]
     rules += rule("output", "relu", quant_scheme="per_channel_symmetric", offset=True)
-
-    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = net()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        LsqQuantizer(model, rules, optimizer)
-        return model, optimizer
-
-    resumed, whole = check_exact_resume(start, train, before=3, after=3)
+    resumed, whole = check_exact_resume(
+        net, lambda model, optimizer: LsqQuantizer(model, rules, optimizer), train, 3, 3
+    )
     assert resumed.conv.quantkern.input.spec == whole.conv.quantkern.input.spec
 
 
@@ -555,13 +548,6 @@ def test_autocast() -> None:
 
 
 def test_a_training_step_never_waits_for_the_device() -> None:
-    class NoReads(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Callable[..., object], types: object, args: tuple[Any, ...] = (), kwargs: dict | None = None
-        ) -> object:
-            assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read back to the host"
-            return func(*args, **(kwargs or {}))
-
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rules = [{**LAYERS[0], "quant_start_step": 1}, *rule("output", "relu", quant_scheme="per_channel_affine")]

@@ -8,16 +8,14 @@ import importlib.util
 import pickle
 import warnings
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from resuming import check_exact_resume
+from quantizer_checks import NoReads, check_exact_resume
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantkern.functional as F
 from quantkern import reference
@@ -576,13 +574,7 @@ def test_resuming_from_a_state_dict_is_exact() -> None:
     rules = [{**EVERY, "op_types": ["Conv2d", "Linear"], "quant_start_step": 2}]
     rules += rule("output", "relu", quant_scheme="per_channel_affine")
 
-    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = net()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        QAT_Quantizer(model, rules, optimizer)
-        return model, optimizer
-
-    check_exact_resume(start, train, before=2, after=3)
+    check_exact_resume(net, lambda model, optimizer: QAT_Quantizer(model, rules, optimizer), train, 2, 3)
 
 
 def test_a_state_dict_brings_quantizers_made_on_first_use_and_unknown_sizes() -> None:
@@ -673,13 +665,6 @@ def test_autocast() -> None:
 
 
 def test_a_training_step_never_waits_for_the_device() -> None:
-    class NoReads(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Callable[..., object], types: object, args: tuple[Any, ...] = (), kwargs: dict | None = None
-        ) -> object:
-            assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read back to the host"
-            return func(*args, **(kwargs or {}))
-
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rules = [{**EVERY, "op_types": ["Conv2d", "Linear"], "quant_start_step": 1}]

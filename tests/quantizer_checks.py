@@ -1,4 +1,4 @@
-"""Training that is interrupted, saved, loaded and gone on with, the same for every quantizer."""
+"""What the tests of every quantizer check in the same way: exact resumption, and that nothing waits for a device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-Start = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
+Attach = Callable[[nn.Module, torch.optim.Optimizer], object]
 Train = Callable[[nn.Module, torch.optim.Optimizer, range], Any]
+
+
+class NoReads(TorchDispatchMode):
+    """Fails where a value is read back to the host; ``more``: further operations that wait for their device."""
+
+    def __init__(self, *more: Any) -> None:
+        super().__init__()
+        self.waiting = (torch.ops.aten._local_scalar_dense, *more)
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        assert func.overloadpacket not in self.waiting, f"{func}: a value was read back to the host"
+        return func(*args, **(kwargs or {}))
 
 
 def flat(losses: Any) -> list[Tensor]:
@@ -18,11 +33,20 @@ def flat(losses: Any) -> list[Tensor]:
     return [torch.as_tensor(loss) for loss in losses]
 
 
-def check_exact_resume(start: Start, train: Train, before: int, after: int) -> tuple[nn.Module, nn.Module]:
+def check_exact_resume(
+    net: Callable[[], nn.Module], attach: Attach, train: Train, before: int, after: int
+) -> tuple[nn.Module, nn.Module]:
     """Losses after a resume equal those of a training that went on, and so does every tensor of the state.
 
     Returns the resumed model and the one that went on, for what is not in a state_dict.
     """
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = net()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        attach(model, optimizer)
+        return model, optimizer
+
     whole, whole_optimizer = start()
     train(whole, whole_optimizer, range(before))
     file = io.BytesIO()
