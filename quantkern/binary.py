@@ -17,6 +17,7 @@ from torch import Tensor
 from quantkern import ops, reference
 from quantkern import triton as triton_twins
 from quantkern.backend import Backend, resolve
+from quantkern.reference import words_of
 
 _OPS = torch.ops.quantkern
 WORD = reference.WORD
@@ -29,15 +30,6 @@ def pair(value: Pair, name: str, least: int) -> tuple[int, int]:
     if len(found) != 2 or not all(isinstance(v, int) and v >= least for v in found):
         raise ValueError(f"{name} must be one or two integers of at least {least}, got {value!r}")
     return found[0], found[1]
-
-
-def words_of(k: int) -> int:
-    """How many words hold k signs.
-
-    >>> words_of(33)
-    2
-    """
-    return -(-k // WORD)
 
 
 def check_real(x: Tensor, name: str) -> None:
@@ -199,11 +191,16 @@ def arrange_signs(packed: Tensor) -> Tensor:
         packed: int32 [N, ...words], contiguous: the weights of ``binary_matmul`` or ``binary_conv2d``.
 
     Returns:
-        uint8, of a length that depends on the device.
+        uint8, of a length that depends on the device: empty where it has no compiled kernels, which alone read it.
+
+    Raises:
+        TypeError: packed is not int32. ValueError: not contiguous, or a vector.
 
     >>> arrange_signs(pack_signs(torch.randn(8, 64))).dtype
     torch.uint8
     """
+    if resolve(packed, Backend.AUTO) is not Backend.NATIVE:
+        return packed.new_empty(0, dtype=torch.uint8)
     return _OPS.arrange_signs.default(packed)  # type: ignore[no-any-return]
 
 
@@ -285,7 +282,8 @@ def binary_matmul_sign(
 ) -> Tensor:
     """The packed signs of ``binary_matmul`` at a threshold: a layer, batch norm and sign in one.
 
-    bit n = (dot[m, n] >= threshold[n]) xor bit n of flip. A batch norm with a negative weight flips.
+    bit n = (dot[m, n] >= threshold[n]) xor bit n of flip. A batch norm with a negative weight flips. Source:
+    Umuroglu et al., "FINN", 2017, batch norm and activation as a threshold.
 
     Args:
         a_packed, b_packed, k, arranged, backend: as in ``binary_matmul``.
@@ -293,6 +291,9 @@ def binary_matmul_sign(
 
     Returns:
         int32 [M, ceil(N / 32)].
+
+    Raises:
+        TypeError, ValueError: as ``binary_matmul``; a threshold or flip of another type or length.
 
     >>> a = pack_signs(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
     >>> no_flip = torch.zeros(1, dtype=torch.int32)
@@ -322,6 +323,9 @@ def binary_linear(
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
     """The linear layer of the signs of x with packed weights, for inference.
+
+    y[..., n] = dot of the signs of x and of weight n, times scale[n], plus bias[n]. Source: Courbariaux et al. 2016,
+    section 1.5.
 
     Args:
         x: floating-point [..., k], whose signs are packed here, or packed already: int32 [..., words].
@@ -374,7 +378,7 @@ def binary_conv2d(
     """The convolution of the signs of x with packed weights, for inference.
 
     Equal to ``conv2d`` of the two +-1 tensors to the last bit, zero padding included, then times scale[o], plus
-    bias[o].
+    bias[o]. Source of the bit arithmetic: Courbariaux et al. 2016, section 1.5.
 
     Args:
         x: floating-point [N, C, H, W], whose signs are packed here, or packed already: int32 [N, H, W, words].
@@ -435,7 +439,7 @@ def _check_images(
     dilation: tuple[int, int],
 ) -> None:
     _check_operands(x, weight, channels, 4, ("x", "weight"))
-    if min(ops._conv_sizes(x.shape[1:3], weight.shape[1:3], list(stride), list(padding), list(dilation))) < 1:
+    if min(ops.conv_sizes(x.shape[1:3], weight.shape[1:3], list(stride), list(padding), list(dilation))) < 1:
         raise ValueError(
             f"the kernel {list(weight.shape[1:3])} with dilation {list(dilation)} is larger than the image "
             f"{list(x.shape[1:3])} with padding {list(padding)}"
@@ -464,6 +468,9 @@ def binary_conv2d_sign(
 
     Returns:
         int32 [N, oh, ow, ceil(O / 32)].
+
+    Raises:
+        TypeError, ValueError: as ``binary_conv2d``; a threshold or flip of another type or length.
 
     >>> x, weight = torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3)
     >>> at = torch.tensor([18], dtype=torch.int32)
@@ -505,6 +512,10 @@ def packed_max_pool2d(
     Returns:
         int32 [N, oh, ow, words].
 
+    Raises:
+        TypeError: not int32. ValueError: padding beyond half the window, a window larger than the padded image, a flip
+            of another length.
+
     >>> x = torch.tensor([1, 2, 4, 3], dtype=torch.int32).view(1, 2, 2, 1)
     >>> packed_max_pool2d(x, torch.tensor([2], dtype=torch.int32), 2).flatten().tolist()
     [5]
@@ -517,7 +528,7 @@ def packed_max_pool2d(
         return _OPS.packed_max_pool2d.default(x_packed, flip, kernel, step, padding)  # type: ignore[no-any-return]
     check_packed(x_packed, x_packed.shape[-1] * WORD, "x", 4)
     _check_vector(flip, x_packed, x_packed.shape[-1], torch.int32, "flip")
-    sizes = ops._conv_sizes(x_packed.shape[1:3], kernel, list(step), list(padding), [1, 1])
+    sizes = ops.conv_sizes(x_packed.shape[1:3], kernel, list(step), list(padding), [1, 1])
     if any(2 * p > size for p, size in zip(padding, kernel, strict=True)) or min(sizes) < 1:
         raise ValueError(
             f"padding must be at most half of kernel_size and the window no larger than the padded image; got "

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkern.reference import words_of
+
 REBUILD = "pip install --force-reinstall --no-deps ."
 
 
@@ -190,10 +192,6 @@ torch.library.register_fake("quantkern::dorefa_weight_backward", _dorefa_weight_
 torch.library.register_fake("quantkern::dorefa_gradient", _dorefa_gradient)
 
 
-def _words(k: int) -> int:
-    return (k + 31) // 32
-
-
 def _binarize(x: Tensor, clip_gradient: bool = True) -> Tensor:
     return torch.empty_like(x)
 
@@ -205,7 +203,7 @@ torch.library.register_fake("quantkern::binarize_forward", _shapes_of)
 def _pack_signs(x: Tensor, axis: int = -1) -> Tensor:
     shape = list(x.shape)
     size = shape.pop(axis)
-    return x.new_empty([*shape, _words(size)], dtype=torch.int32)
+    return x.new_empty([*shape, words_of(size)], dtype=torch.int32)
 
 
 def _pack_signs_counted(x: Tensor, axis: int = -1) -> tuple[Tensor, Tensor]:
@@ -255,12 +253,13 @@ def _binary_matmul_sign(
     a: Tensor, b: Tensor, k: int, threshold: Tensor, flip: Tensor, arranged: _MaybeTensor = None
 ) -> Tensor:
     check_device(b, a, "b")
-    return a.new_empty([a.shape[0], _words(b.shape[0])])
+    return a.new_empty([a.shape[0], words_of(b.shape[0])])
 
 
-def _conv_sizes(
+def conv_sizes(
     sizes: Sequence[int], kernel: Sequence[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> list[int]:
+    """Height and width of what a convolution or a pooling makes of images of ``sizes``."""
     pairs = zip(sizes, kernel, stride, padding, dilation, strict=True)
     return [(size + 2 * pad - step * (taps - 1) - 1) // by + 1 for size, taps, by, pad, step in pairs]
 
@@ -278,7 +277,7 @@ def _binary_conv2d(
     channels_last: bool = False,
 ) -> Tensor:
     check_device(weight, x, "weight")
-    sizes = _conv_sizes(x.shape[1:3], weight.shape[1:3], stride, padding, dilation)
+    sizes = conv_sizes(x.shape[1:3], weight.shape[1:3], stride, padding, dilation)
     form = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty([x.shape[0], weight.shape[0], *sizes], dtype=torch.float32, device=x.device, memory_format=form)
 
@@ -295,15 +294,15 @@ def _binary_conv2d_sign(
     arranged: _MaybeTensor = None,
 ) -> Tensor:
     check_device(weight, x, "weight")
-    sizes = _conv_sizes(x.shape[1:3], weight.shape[1:3], stride, padding, dilation)
-    return x.new_empty([x.shape[0], *sizes, _words(weight.shape[0])])
+    sizes = conv_sizes(x.shape[1:3], weight.shape[1:3], stride, padding, dilation)
+    return x.new_empty([x.shape[0], *sizes, words_of(weight.shape[0])])
 
 
 def _packed_max_pool2d(
     x: Tensor, flip: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
     check_device(flip, x, "flip")
-    return x.new_empty([x.shape[0], *_conv_sizes(x.shape[1:3], kernel_size, stride, padding, [1, 1]), x.shape[3]])
+    return x.new_empty([x.shape[0], *conv_sizes(x.shape[1:3], kernel_size, stride, padding, [1, 1]), x.shape[3]])
 
 
 def _sign_linear(x: Tensor, weight: Tensor, bias: _MaybeTensor = None) -> Tensor:
@@ -315,7 +314,7 @@ def _sign_conv2d(
     x: Tensor, weight: Tensor, bias: _MaybeTensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     check_device(weight, x, "weight")
-    sizes = _conv_sizes(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    sizes = conv_sizes(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     form = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     return torch.empty([x.shape[0], weight.shape[0], *sizes], dtype=x.dtype, device=x.device, memory_format=form)
 

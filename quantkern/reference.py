@@ -354,6 +354,15 @@ LONGEST_SUM = 1 << 24
 """Most signs in a dot product: every sum of that many +-1 is exact in float32."""
 
 
+def words_of(k: int) -> int:
+    """How many words hold k signs.
+
+    >>> words_of(33)
+    2
+    """
+    return -(-k // WORD)
+
+
 def binarize(x: Tensor, clip_gradient: bool = True) -> Tensor:
     """+1 where x >= 0, else -1 (so NaN too); the gradient passes where |x| <= 1, or everywhere.
 
@@ -368,7 +377,7 @@ def binarize(x: Tensor, clip_gradient: bool = True) -> Tensor:
 def pack_signs(x: Tensor, axis: int = -1) -> Tensor:
     """The signs of x, packed along ``axis``, which moves to the end: int32 [..., ceil(size / 32)]."""
     bits = (x.detach() >= 0).movedim(axis, -1).to(torch.int64)
-    words = -(-bits.shape[-1] // WORD)
+    words = words_of(bits.shape[-1])
     bits = torch.nn.functional.pad(bits, (0, words * WORD - bits.shape[-1])).reshape(*bits.shape[:-1], words, WORD)
     packed = (bits << torch.arange(WORD, device=x.device)).sum(-1)
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)

@@ -181,6 +181,16 @@ def test_arranged_weights_are_the_same_bits_in_another_order() -> None:
     assert torch.equal(blocks, rows[:, order].transpose(1, 2))
 
 
+def test_without_compiled_kernels_nothing_is_arranged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed layers arrange their weights on any device; only compiled kernels read the result."""
+    monkeypatch.setattr("quantkern.binary.resolve", lambda x, backend: Backend.REFERENCE)
+    a, weights = signs(5, 70), signs(9, 70, seed=1)
+    arranged = F.arrange_signs(pack(weights))
+    assert arranged.numel() == 0
+    got = F.binary_matmul(pack(a), pack(weights), 70, arranged=arranged)
+    assert torch.equal(got, a @ weights.t())
+
+
 def test_saved_bytes_are_a_sixteenth() -> None:
     x, weight = signs(8, 128, 14, 14), signs(128, 128, 3, 3).requires_grad_()
     saved: dict[str, int] = {}

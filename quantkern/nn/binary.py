@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from quantkern import functional
 from quantkern.binarized import symmetric_padding, why_not_packed
-from quantkern.binary import Pair, check_padding_bits, pair, words_of
+from quantkern.binary import Pair, check_padding_bits, pair
+from quantkern.reference import words_of
 
 REPACK = "convert() the trained quantizer again, or pack the weight's signs with quantkern.functional.pack_signs"
 
