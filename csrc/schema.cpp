@@ -90,4 +90,13 @@ TORCH_LIBRARY(quantkern, m) {
   // Training: linear and conv2d of the signs, with the gradients of linear and conv2d; packed signs are saved.
   m.def("sign_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("sign_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+
+  // Observers, on the CPU; elsewhere they are a few operations of torch. A batch is taken into a range and into bins.
+  m.def(
+      "observe_histogram(Tensor x, int? axis, Tensor(a!) low, Tensor(b!) high, Tensor(c!) counts, Tensor(d!) exponent, "
+      "Tensor(e!) origin, Tensor(f!) batches, Tensor(g!) spoiled) -> ()");
+  // The range of smallest squared error, float64, one a row of the histogram.
+  m.def(
+      "histogram_range(Tensor counts, Tensor edges, Tensor low, Tensor high, int quant_min, int quant_max, "
+      "bool symmetric) -> (Tensor, Tensor)");
 }

@@ -24,7 +24,7 @@ Ranges = tuple[Tensor, Tensor]
 
 PARTS = 64
 """How many parts of a range are tried at a time."""
-COARSE_BINS = 256
+COARSE_BINS = 512
 """Bins are merged to so many while all parts of a range are tried; refining looks at all bins."""
 FINE_PARTS = 9
 """How many places around the best part, up to its neighbours, are tried to refine it."""
@@ -43,8 +43,10 @@ class Levels:
     symmetric: bool
 
     def scale(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of the grids for the ranges [low, high]."""
-        return reference.choose_scale(low, high, self.quant_min, self.quant_max, self.symmetric)
+        """Scale and zero point of the grids for the ranges [low, high], as float32 has them."""
+        bounds = self.quant_min, self.quant_max, self.symmetric
+        scale, zero_point = reference.choose_scale(low.float(), high.float(), *bounds)
+        return scale.to(low.dtype), zero_point
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def smallest_error(histogram: Histogram, levels: Levels) -> Ranges:
     Starts with the best of 64 parts of the range, of its upper end, and of its lower end; then moves one end at a
     time, over all its parts and, in quarters of them, around the best.
     """
-    plain = histogram.without_zeros().trimmed()
+    plain = histogram.without_zeros()
     coarse = plain.merged(COARSE_BINS)
     bottom, top = plain.low.clamp(max=0).unsqueeze(1), plain.high.clamp(min=0).unsqueeze(1)
     if levels.symmetric:

@@ -1,7 +1,7 @@
 """What is remembered of a tensor over many batches, and the scale and zero point that follow from it.
 
-Observing is a few torch operations on the tensor's device. On the CPU it looks at the numbers it has; elsewhere it
-never waits for the device. A histogram has a fixed number of bins whose width is a power of two and whose edges are
+Observing is a few torch operations on the tensor's device, which never wait for it; for histograms on the CPU it is one
+of our own. A histogram has a fixed number of bins whose width is a power of two and whose edges are
 multiples of it: when the range grows, bins are merged, so the counts are exact and do not depend on the order of the
 batches.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkern import clip_range, reference
+from quantkern.backend import Backend, resolve
 from quantkern.clip_range import Histogram, Levels
 from quantkern.config import TensorSpec
 
@@ -27,13 +28,9 @@ CHANNEL_BINS = 1024
 """Of each channel's histogram."""
 MOST_AT_ONCE = 1 << 24
 """A float32 counts exactly up to here, and temporary tensors have no more elements."""
-MOST_IN_CACHE = 1 << 18
-"""On the CPU temporary tensors of this size stay in its cache."""
 SMALLEST_EXPONENT = -124
 """Of a bin's width: 2^-124 and its reciprocal are float32 numbers with room on both sides."""
 LARGEST_EXPONENT = 124
-HOST_SEES = frozenset({"cpu"})
-"""Devices whose values the host can read without waiting."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,11 @@ def usable_scale(scale: Tensor) -> Tensor:
     return torch.where(alive, scale, torch.where(largest > 0, largest, 1.0))
 
 
+def has_loops(x: Tensor) -> bool:
+    """Whether histograms of x have a loop of their own, instead of operations of torch."""
+    return x.device.type == "cpu" and resolve(x, Backend.AUTO) is Backend.NATIVE
+
+
 class Observer(nn.Module):
     """Sees batches of a tensor and says which scale and zero point suit them.
 
@@ -92,8 +94,6 @@ class Observer(nn.Module):
         channels: with a per-channel scheme their number; 0: the first batch tells.
         device: where the state lives; the tensors must be there too.
         label: what errors call the tensor.
-
-    ``known`` mirrors some of it on the host, where that costs no waiting.
 
     State: ``low`` and ``high``, float32, 0-d or [channels]; ``batches``, the number of batches so far; ``spoiled``,
     the first one with a NaN or an infinity in it, counted from 1, or 0. Empty batches do not count.
@@ -109,7 +109,6 @@ class Observer(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.label = spec, label
-        self.known: tuple[float, float, int, int] | None = None
         shape = (channels,) if spec.per_channel else ()
         self.register_buffer("low", torch.full(shape, math.inf, device=device))
         self.register_buffer("high", torch.full(shape, -math.inf, device=device))
@@ -134,36 +133,32 @@ class Observer(nn.Module):
         """Take a batch in: float16, bfloat16, float32 or float64; per channel along ``axis``."""
         if not x.numel():
             return
-        rows = x.detach().float()
+        if axis is not None and x.shape[axis] != self.low.numel():
+            if self.has_seen():
+                expected = f"{self.low.numel()} channels on axis {axis} as in earlier batches"
+                raise ValueError(f"{self.label} has shape {list(x.shape)}, expected {expected}")
+            self.resize(x.shape[axis])
+        self.take_in(x.detach(), axis)
+
+    def take_in(self, x: Tensor, axis: int | None) -> None:
+        """``observe`` for a tensor that has values and the right number of channels."""
+        rows = x.float()
         if axis is not None:
-            if x.shape[axis] != self.low.numel():
-                if self.has_seen():
-                    expected = f"{self.low.numel()} channels on axis {axis} as in earlier batches"
-                    raise ValueError(f"{self.label} has shape {list(x.shape)}, expected {expected}")
-                self.resize(x.shape[axis])
             rows = rows.movedim(axis, 0).unsqueeze(-1).flatten(1)
         low, high = torch.aminmax(rows) if axis is None else torch.aminmax(rows, dim=1)
         self.batches += 1
-        if axis is None and x.device.type in HOST_SEES and self.widen_on_host(low.item(), high.item()):
-            self.count(rows)
-            return
         usable = (torch.isfinite(low) & torch.isfinite(high)).all()
         first = ~usable & (self.spoiled == 0)
         self.spoiled.copy_(torch.where(first, self.batches, self.spoiled))
         new_low, new_high = self.widen(low, high)
         self.low.copy_(torch.where(usable, new_low, self.low))
         self.high.copy_(torch.where(usable, new_high, self.high))
-        if x.device.type not in HOST_SEES or bool(usable):
-            self.grow()
-            self.count(rows)
+        self.grow()
+        self.count(rows)
 
     def widen(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The range after a batch with the range [low, high]."""
         return torch.minimum(low, self.low), torch.maximum(high, self.high)
-
-    def widen_on_host(self, low: float, high: float) -> bool:
-        """``widen`` and ``grow`` in Python's numbers, which is quicker where they are at hand; False: not done."""
-        return False
 
     def grow(self) -> None:
         """Called after the range may have changed."""
@@ -199,7 +194,6 @@ class Observer(nn.Module):
 
     def resize(self, channels: int) -> None:
         """Become the state of ``channels`` channels that have seen nothing, in the same tensors."""
-        self.known = None
         self.low.resize_(channels).fill_(math.inf)
         self.high.resize_(channels).fill_(-math.inf)
 
@@ -218,7 +212,6 @@ class Observer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Observer:
         """Follow the model to another device, but stay float32 when it becomes half or double."""
-        self.known = None
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -232,7 +225,6 @@ class Observer(nn.Module):
         other = isinstance(low, Tensor) and low.dim() == self.low.dim() == 1 and low.shape != self.low.shape
         if other and not self.has_seen():
             self.resize(low.numel())
-        self.known = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -292,6 +284,14 @@ class HistogramObserver(Observer):
         self.exponent.resize_(channels).fill_(SMALLEST_EXPONENT)
         self.origin.resize_(channels).fill_(0)
 
+    def take_in(self, x: Tensor, axis: int | None) -> None:
+        """As ``Observer.take_in``."""
+        if not has_loops(x):
+            super().take_in(x, axis)
+            return
+        state = self.low, self.high, self.counts, self.exponent, self.origin, self.batches, self.spoiled
+        torch.ops.quantkern.observe_histogram.default(x, axis, *state)
+
     def grow(self, least: Tensor | None = None) -> None:
         """Merge bins until they hold the range [low, high] and 0.
 
@@ -304,27 +304,6 @@ class HistogramObserver(Observer):
         exponent = torch.maximum(least, needed.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT).long())
         self.merge(exponent, (low * power_of_two(-exponent)).ceil().long())
 
-    def widen_on_host(self, low: float, high: float) -> bool:
-        """As ``Observer.widen_on_host``; NaN and infinity are left to ``widen``."""
-        if not (math.isfinite(low) and math.isfinite(high)):
-            return False
-        if self.known is None:
-            self.known = self.low.item(), self.high.item(), int(self.exponent), int(self.origin)
-        old_low, old_high, old_exponent, old_origin = self.known
-        if low >= old_low and high <= old_high:
-            return True
-        low, high = min(low, old_low), max(high, old_high)
-        width = (max(high, 0.0) - min(low, 0.0)) / (self.bins - 2)
-        needed = math.frexp(width)[1] if width > 0 else SMALLEST_EXPONENT
-        exponent = max(old_exponent, min(max(needed, SMALLEST_EXPONENT), LARGEST_EXPONENT))
-        origin = math.ceil(min(low, 0.0) * 2.0**-exponent)
-        self.low.fill_(low)
-        self.high.fill_(high)
-        if (exponent, origin) != (old_exponent, old_origin):
-            self.merge(self.exponent.new_tensor([exponent]), self.origin.new_tensor([origin]))
-        self.known = low, high, exponent, origin
-        return True
-
     def merge(self, exponent: Tensor, origin: Tensor) -> None:
         """Move the counts to bins of another width (the same or a larger one) and origin."""
         edge = torch.arange(self.bins, device=self.counts.device) + self.origin.unsqueeze(1)
@@ -334,15 +313,11 @@ class HistogramObserver(Observer):
         self.counts.copy_(torch.zeros_like(self.counts).scatter_add_(1, index, self.counts))
         self.exponent.copy_(exponent)
         self.origin.copy_(origin)
-        self.known = None
 
     def count(self, rows: Tensor) -> None:
         """Take every value into its bin."""
         if self.spec.per_channel:
             self.count_channels(rows)
-            return
-        if self.known is not None:
-            count_on_host(rows.reshape(-1), 2.0 ** -self.known[2], self.known[3], self.counts[0])
             return
         scale, origin = power_of_two(-self.exponent), self.origin.float()
         for part in torch.split(rows.reshape(-1), MOST_AT_ONCE):  # type: ignore[no-untyped-call]
@@ -356,10 +331,7 @@ class HistogramObserver(Observer):
             # Spoiled values must not leave their row; calculate_qparams() refuses the batch.
             bins = columns.mul(scale).ceil_().sub_(origin).clamp_(0, self.bins - 1).nan_to_num_(0.0)
             index = (bins.long() + first).reshape(-1)
-            if rows.device.type in HOST_SEES:
-                found = torch.bincount(index, minlength=self.counts.numel())
-            else:
-                found = self.counts.new_zeros(self.counts.numel()).scatter_add_(0, index, torch.ones_like(index))
+            found = self.counts.new_zeros(self.counts.numel()).scatter_add_(0, index, torch.ones_like(index))
             self.counts += found.reshape(self.counts.shape)
 
     def over_ranks(self) -> Observer:
@@ -381,7 +353,12 @@ class HistogramObserver(Observer):
 
     def search(self, histogram: Histogram, levels: Levels) -> tuple[Tensor, Tensor]:
         """The ranges for a histogram's rows."""
-        return clip_range.smallest_error(histogram, levels)
+        if not has_loops(histogram.counts):
+            return clip_range.smallest_error(histogram, levels)
+        rows = histogram.counts, histogram.edges, histogram.low, histogram.high
+        return torch.ops.quantkern.histogram_range.default(  # type: ignore[no-any-return]
+            *rows, levels.quant_min, levels.quant_max, levels.symmetric
+        )
 
     def clip_range(self) -> tuple[Tensor, Tensor]:
         """The range that ``search`` finds."""
@@ -420,25 +397,6 @@ class EntropyObserver(HistogramObserver):
     def search(self, histogram: Histogram, levels: Levels) -> tuple[Tensor, Tensor]:
         """The range with the smallest divergence."""
         return clip_range.smallest_divergence(histogram, levels)
-
-
-def count_on_host(x: Tensor, scale: float, origin: int, counts: Tensor) -> None:
-    """Add to ``counts`` how many values of x (float32, 1-d) have ceil(x * scale) - origin = 0, 1, ...
-
-    >>> counts = torch.zeros(3, dtype=torch.int64)
-    >>> count_on_host(torch.tensor([0.5, 0.0, 0.3]), 2.0, 0, counts)
-    >>> counts.tolist()
-    [1, 2, 0]
-    """
-    size = min(x.numel(), MOST_IN_CACHE)
-    scaled, index = x.new_empty(size), x.new_empty(size, dtype=torch.int16)
-    for part in torch.split(x, size):  # type: ignore[no-untyped-call]
-        if part.numel() < size:
-            scaled, index = scaled[: part.numel()], index[: part.numel()]
-        torch.mul(part, scale, out=scaled).ceil_()
-        if origin:
-            scaled.sub_(origin)
-        counts += torch.bincount(index.copy_(scaled), minlength=counts.numel())
 
 
 def count_of(index: Tensor, bins: int) -> Tensor:

@@ -319,6 +319,17 @@ def _sign_conv2d(
     return torch.empty([x.shape[0], weight.shape[0], *sizes], dtype=x.dtype, device=x.device, memory_format=form)
 
 
+def _observe_histogram(x: Tensor, axis: int | None, *state: Tensor) -> None:
+    for value in state:
+        check_device(value, x, "the state")
+
+
+def _histogram_range(
+    counts: Tensor, edges: Tensor, low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(low), torch.empty_like(low)
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether images lie with their channels innermost, and not only because of sizes of 1."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -337,6 +348,8 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "packed_max_pool2d": _packed_max_pool2d,
     "sign_linear": _sign_linear,
     "sign_conv2d": _sign_conv2d,
+    "observe_histogram": _observe_histogram,
+    "histogram_range": _histogram_range,
 }
 for _name, _shapes in _SHAPES.items():
     torch.library.register_fake(f"quantkern::{_name}", _shapes)

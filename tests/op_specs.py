@@ -880,3 +880,29 @@ def _conv_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
 def _pool_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield _OPS.packed_max_pool2d.default, (_signs(2, 6, 5, 40), _int32(3, 0), [3, 3], [2, 1], [1, 0])
+
+
+def _histogram_state(rows: int) -> list[Tensor]:
+    shape = (rows,) if rows > 1 else ()
+    return [
+        *(torch.full(shape, end) for end in (math.inf, -math.inf)),
+        torch.zeros(rows, 16, dtype=torch.int64),
+        *(torch.full((rows,), first, dtype=torch.int64) for first in (-124, 0)),
+        *(torch.zeros((), dtype=torch.int64) for _ in range(2)),
+    ]
+
+
+def _range_arguments() -> tuple[Any, ...]:
+    edges = torch.arange(17).double().repeat(2, 1)
+    return torch.arange(16).double().repeat(2, 1), edges, edges[:, 0].clone(), edges[:, -1].clone(), 0, 7, False
+
+
+ON_THE_CPU_ONLY: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
+    "observe_histogram": lambda: [
+        (torch.randn(4, 5), None, *_histogram_state(1)),
+        (torch.randn(4, 5), 1, *_histogram_state(5)),
+    ],
+    "histogram_range": lambda: [_range_arguments()],
+}
+"""Operations of one device, with arguments for opcheck: elsewhere quantkern.observers takes operations of torch, and
+tests/test_observers.py compares both."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from quantizer_checks import NoReads
 from torch import Tensor
 
-from quantkern import clip_range, observers, reference
+from quantkern import _C, clip_range, observers, reference
 from quantkern.clip_range import Histogram, Levels
 from quantkern.observers import OBSERVERS, HistogramObserver, Observer, ObserverSpec, make_observer
 
@@ -108,9 +109,9 @@ def test_observing_elsewhere_than_on_the_cpu_waits_for_nothing_and_counts_the_sa
     batches = [numbers(seed, 4, 3, 40) * (1 + seed % 3) for seed in range(5)]
     batches.append(torch.full((4, 3, 40), torch.nan))
     expected = seen(make_observer(rule, 3), batches, rule.axis)
-    monkeypatch.setattr(observers, "HOST_SEES", frozenset())
+    monkeypatch.setattr(observers, "has_loops", lambda x: False)
     elsewhere = make_observer(rule, 3)
-    with NoReads(torch.ops.aten.equal, torch.ops.aten.bincount):
+    with NoReads(torch.ops.aten.equal, torch.ops.aten.bincount, torch.ops.quantkern.observe_histogram):
         seen(elsewhere, batches, rule.axis)
     assert expected.spoiled == elsewhere.spoiled == 6
     for key, value in expected.state_dict().items():
@@ -378,3 +379,112 @@ def test_merging_bins_keeps_every_count() -> None:
     merged = histogram.merged(4)
     assert merged.counts.tolist() == [[3, 12, 21, 9]] and merged.edges.tolist() == [[0, 3, 6, 9, 12]]
     assert histogram.trimmed().edges.tolist() == [list(range(1, 11))]
+
+
+# ---------------------------------------------------------------- loops
+
+
+@pytest.fixture(params=_C.supported_cpu_capabilities())
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield request.param
+    _C.set_cpu_capability(before)
+
+
+def _batches(kind: str, dtype: torch.dtype) -> list[Tensor]:
+    batches = [numbers(seed, 4, 5, 7, 9) * 3.0 ** (seed % 4) for seed in range(4)]
+    batches += [torch.zeros(4, 5, 7, 9), batches[0].relu() * 1e3, -batches[1].abs() * 1e-3]
+    forms: dict[str, Callable[[Tensor], Tensor]] = {
+        "plain": lambda x: x,
+        "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+        "sliced": lambda x: x[:, :, 1::2],
+        "expanded": lambda x: x[:1].expand(4, 5, 7, 9),
+        "rows": lambda x: x.permute(0, 2, 3, 1).reshape(-1, 5).t(),
+        "large": lambda x: x.repeat(30, 1, 3, 2),
+    }
+    return [forms[kind](batch.to(dtype)) for batch in batches]
+
+
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "channels_last", "sliced", "expanded", "rows", "large"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_loops_count_what_operations_of_torch_count(
+    kind: str, dtype: torch.dtype, channels: bool, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axis = (0 if kind == "rows" else 1) if channels else None
+    rule = spec(scheme="per_channel_affine", axis=axis) if channels else spec()
+    batches = _batches(kind, dtype)
+    ours = seen(make_observer(rule, 5), batches, axis).state_dict()
+    monkeypatch.setattr(observers, "has_loops", lambda x: False)
+    for name, expected in seen(make_observer(rule, 5), batches, axis).state_dict().items():
+        assert torch.equal(ours[name], expected), name
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 13, 1000])
+@pytest.mark.parametrize("channels", [False, True])
+def test_the_loops_take_nothing_from_a_spoiled_batch(bad: float, place: int, channels: bool, capability: str) -> None:
+    axis = 0 if channels else None
+    rule = spec(scheme="per_channel_affine", axis=axis) if channels else spec()
+    observer = seen(make_observer(rule, 3), [numbers(0, 3, 401)], axis)
+    before = copy.deepcopy(observer.state_dict())
+    batch = numbers(1, 3, 401) * 100
+    batch.view(-1)[place] = bad
+    seen(observer, [batch, batch], axis)
+    before["batches"] += 2
+    before["spoiled"] += 2
+    for name, value in observer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_counts_do_not_depend_on_threads() -> None:
+    batches = [numbers(seed, 1 << 19) * (seed + 1) for seed in range(3)]
+    before, states = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            states.append(seen(make_observer(spec()), batches).state_dict())
+    finally:
+        torch.set_num_threads(before)
+    for other in states[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("levels", [Levels(0, 127, False), Levels(-127, 127, True), Levels(0, 7, False)])
+@pytest.mark.parametrize("name", ["normal", "relu", "skewed", "negative", "zeros", "outlier"])
+def test_the_search_finds_what_operations_of_torch_find(levels: Levels, name: str, capability: str) -> None:
+    x = numbers(3, 6, 4000)
+    makes: dict[str, Callable[[Tensor], Tensor]] = {
+        "normal": lambda x: x,
+        "relu": lambda x: x.relu(),
+        "skewed": lambda x: x.exp() - 1,
+        "negative": lambda x: -x.abs(),
+        "zeros": lambda x: x * 0,
+        "outlier": lambda x: torch.cat([x, torch.full((6, 1), 50.0)], 1),
+    }
+    observer = seen(make_observer(spec(scheme="per_channel_affine", axis=0)), [makes[name](x)], 0)
+    assert isinstance(observer, HistogramObserver)
+    histogram = observer.histogram()
+    found = torch.stack(observer.search(histogram, levels))
+    expected = torch.stack(clip_range.smallest_error(histogram, levels))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"low": torch.zeros(2)}, ValueError, "low must hold one value"),
+        ({"counts": torch.zeros(1, 4)}, TypeError, "counts must be Long"),
+        ({"counts": torch.zeros(1, 2, dtype=torch.int64)}, ValueError, "3 to 65536 bins"),
+        ({"origin": torch.zeros(2, dtype=torch.int64)}, ValueError, r"origin must be contiguous, .* of shape \[1\]"),
+        ({"x": torch.zeros(3, dtype=torch.int64)}, TypeError, "floating-point"),
+    ],
+)
+def test_state_that_does_not_fit_is_refused(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
+    count = torch.zeros((), dtype=torch.int64)
+    given: dict[str, Any] = {"x": torch.ones(3), "axis": None, "low": torch.zeros(()), "high": torch.zeros(())}
+    given |= {"counts": torch.zeros(1, 8, dtype=torch.int64), "exponent": count.reshape(1), "origin": count.reshape(1)}
+    given |= {"batches": count, "spoiled": count.clone()}
+    with pytest.raises(error, match=message):
+        torch.ops.quantkern.observe_histogram.default(*(given | change).values())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_specs import SPECS
+from op_specs import ON_THE_CPU_ONLY, SPECS
 
 import quantkern  # noqa: F401
 
@@ -20,7 +20,13 @@ def schemas() -> set[str]:
 
 
 def test_the_inventory_is_complete() -> None:
-    assert schemas() == {schema for spec in SPECS for schema in spec.schemas}
+    assert schemas() == {schema for spec in SPECS for schema in spec.schemas} | set(ON_THE_CPU_ONLY)
+
+
+@pytest.mark.parametrize("schema", ON_THE_CPU_ONLY)
+def test_operations_of_the_cpu_pass_opcheck(schema: str) -> None:
+    for arguments in ON_THE_CPU_ONLY[schema]():
+        torch.library.opcheck(getattr(torch.ops.quantkern, schema).default, arguments)
 
 
 @pytest.mark.parametrize("schema", sorted(schemas()))
