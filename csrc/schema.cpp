@@ -20,6 +20,8 @@ TORCH_LIBRARY(quantkern, m) {
       "bool with_mask) -> (Tensor, Tensor)");
   // strides: of the x that the mask was made for; the gradient is brought into that order first.
   m.def("fake_quantize_backward(Tensor grad, Tensor mask, SymInt[] strides) -> Tensor");
+  // The same where grad, which must be dense, is nobody else's: where every gradient passes only the mask is read.
+  m.def("fake_quantize_backward_(Tensor(a!) grad, Tensor mask) -> ()");
 
   // Current min and max of x, their scale and zero point (written to the given tensors), and x fake-quantized.
   m.def(
@@ -48,6 +50,10 @@ TORCH_LIBRARY(quantkern, m) {
   m.def(
       "lsq_backward(Tensor grad, Tensor x, Tensor scale, int quant_min, int quant_max, float grad_scale, int? axis, "
       "Tensor? zero_point) -> (Tensor, Tensor, Tensor)");
+  // The gradient of x written over grad, which has the strides of a dense x.
+  m.def(
+      "lsq_backward_(Tensor(a!) grad, Tensor x, Tensor scale, int quant_min, int quant_max, float grad_scale, "
+      "int? axis, Tensor? zero_point) -> (Tensor, Tensor)");
 
   // DoReFa. The second result of the forward is max|x|, for the backward (mean|x| with 1 bit).
   m.def("dorefa_weight(Tensor x, int bits) -> Tensor");

@@ -129,7 +129,12 @@ def _backward(grad: Tensor, mask: Tensor, strides: list[int]) -> Tensor:
     return grad.new_empty_strided(grad.shape, strides)
 
 
+def _backward_in_place(grad: Tensor, mask: Tensor) -> None:
+    check_device(mask, grad, "mask")
+
+
 torch.library.register_fake("quantkern::fake_quantize_backward", _backward)
+torch.library.register_fake("quantkern::fake_quantize_backward_", _backward_in_place)
 
 
 def _lsq(
@@ -165,9 +170,14 @@ def _lsq_backward(
     return dx, scale.new_empty(scale.shape), dzero
 
 
+def _lsq_backward_in_place(grad: Tensor, x: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _lsq_backward(grad, x, scale, *rest)[1:]
+
+
 torch.library.register_fake("quantkern::lsq", _lsq)
 torch.library.register_fake("quantkern::lsq_forward", _lsq_forward)
 torch.library.register_fake("quantkern::lsq_backward", _lsq_backward)
+torch.library.register_fake("quantkern::lsq_backward_", _lsq_backward_in_place)
 
 
 def _dorefa_weight_forward(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

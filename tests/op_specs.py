@@ -172,6 +172,7 @@ FAKE_QUANTIZE = OpSpec(
         "fake_quantize_forward",
         "fake_quantize_forward.number",
         "fake_quantize_backward",
+        "fake_quantize_backward_",
     ),
     samples=(
         Sample("number", (37,), _fake_quantize(0.25, 0, -8, 7)),
@@ -374,7 +375,7 @@ def _lsq(low: int, high: int, scale: Any, axis: int | None = None, zero_point: A
 
 LSQ = OpSpec(
     name="lsq",
-    schemas=("lsq", "lsq_forward", "lsq_backward"),
+    schemas=("lsq", "lsq_forward", "lsq_backward", "lsq_backward_"),
     samples=(
         Sample("tensor", (4, 65), _lsq(-8, 7, torch.tensor(0.3))),
         Sample("unsigned", (130,), _lsq(0, 15, torch.tensor([0.2]))),
@@ -785,6 +786,7 @@ def _fake_quantize_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     mask = torch.tensor([0b10110, 0xFF, 0b1], dtype=torch.uint8)
     yield _OPS.fake_quantize_backward.default, (torch.randn(4, 6, requires_grad=True), mask, (6, 1))
     yield _OPS.fake_quantize_backward.default, (torch.randn(4, 6), mask, (1, 4))
+    yield _OPS.fake_quantize_backward_.default, (torch.randn(4, 6), mask)
 
 
 def _weight_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
@@ -819,6 +821,7 @@ def _lsq_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     for zero in (None, zero_point.detach()):
         arguments = (torch.randn(4, 6), x.detach(), scale.detach(), -8, 7, 0.1, 1, zero)
         yield _OPS.lsq_backward.default, arguments
+        yield _OPS.lsq_backward_.default, arguments
 
 
 def _dorefa_weight_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "node.h"
+#include "own_gradient.h"
 #include "straight_through.h"
 
 namespace quantkern {
@@ -38,15 +39,30 @@ Gradients call_backward(const at::Tensor& grad, const at::Tensor& x, const at::T
   return op.call(grad, x, scale, s.quant_min, s.quant_max, s.grad_scale, s.axis, zero_point);
 }
 
+// Leaves the gradient of x in grad.
+Gradients call_backward_in_place(at::Tensor& grad, const at::Tensor& x, const at::Tensor& scale, const LsqSettings& s,
+                                 const MaybeTensor& zero_point) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("quantkern::lsq_backward_", "")
+          .typed<std::tuple<at::Tensor, at::Tensor>(at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t,
+                                                    double, MaybeAxis, const MaybeTensor&)>();
+  auto [dscale, dzero] = op.call(grad, x, scale, s.quant_min, s.quant_max, s.grad_scale, s.axis, zero_point);
+  return {grad, dscale, dzero};
+}
+
 struct LsqBackward : public torch::autograd::Node {
   variable_list apply(variable_list&& grads) override {
-    if (!grads[0].defined()) return variable_list(3);
-    TORCH_CHECK_NOT_IMPLEMENTED(!(at::GradMode::is_enabled() && grads[0].requires_grad()),
+    at::Tensor grad = std::move(grads[0]);
+    if (!grad.defined()) return variable_list(3);
+    TORCH_CHECK_NOT_IMPLEMENTED(!(at::GradMode::is_enabled() && grad.requires_grad()),
                                 "lsq has no second derivative; call backward without create_graph");
     at::AutoDispatchBelowADInplaceOrView below;
-    const at::Tensor zero = zero_point.unpack();
-    auto [dx, dscale, dzero] = call_backward(grads[0], x.unpack(), scale.unpack(), settings,
-                                             zero.defined() ? MaybeTensor(zero) : std::nullopt);
+    const at::Tensor zero = zero_point.unpack(), input = x.unpack();
+    const MaybeTensor maybe_zero = zero.defined() ? MaybeTensor(zero) : std::nullopt;
+    const bool in_place = is_ours_to_write(grad, input.sym_strides()) && grad.scalar_type() == input.scalar_type();
+    auto [dx, dscale, dzero] = in_place ? call_backward_in_place(grad, input, scale.unpack(), settings, maybe_zero)
+                                        : call_backward(grad, input, scale.unpack(), settings, maybe_zero);
     variable_list out(3);
     if (task_should_compute_output(0)) out[0] = dx;
     if (task_should_compute_output(1)) out[1] = dscale;

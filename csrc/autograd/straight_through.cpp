@@ -1,6 +1,7 @@
 #include "straight_through.h"
 
 #include "node.h"
+#include "own_gradient.h"
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
@@ -18,14 +19,23 @@ at::Tensor call_backward(const at::Tensor& grad, const at::Tensor& mask, c10::Sy
   return op.call(grad, mask, strides);
 }
 
+void call_backward_in_place(at::Tensor& grad, const at::Tensor& mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("quantkern::fake_quantize_backward_", "")
+                             .typed<void(at::Tensor&, const at::Tensor&)>();
+  op.call(grad, mask);
+}
+
 struct StraightThroughBackward : public torch::autograd::Node {
   variable_list apply(variable_list&& grads) override {
-    if (!grads[0].defined()) return {at::Tensor()};
-    if (every_gradient_passes) return {grads[0]};
+    at::Tensor grad = std::move(grads[0]);
+    if (!grad.defined() || every_gradient_passes) return {grad};
     // Without create_graph the backward needs no derivative of its own.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
     if (!at::GradMode::is_enabled()) below.emplace();
-    return {call_backward(grads[0], mask.unpack(), strides)};
+    if (!is_ours_to_write(grad, strides)) return {call_backward(grad, mask.unpack(), strides)};
+    call_backward_in_place(grad, mask.unpack());
+    return {grad};
   }
   void release_variables() override { mask.reset_data(); }
   std::string name() const override { return "QuantkernStraightThroughBackward"; }

@@ -82,10 +82,23 @@ inline void check_state(const at::Tensor& value, const at::Tensor& x, std::optio
                     value.strides());
 }
 
+// One that is written in place as it lies.
+inline void check_dense(const at::Tensor& value, const char* name) {
+  TORCH_CHECK_VALUE(value.is_non_overlapping_and_dense(), name, " must fill one block of memory, got strides ",
+                    value.strides(), " for sizes ", value.sizes());
+}
+
 inline void check_gradient(const at::Tensor& grad, const at::Tensor& x) {
   check_dtype(grad, x.scalar_type(), "grad");
   TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), "grad must have the shape of x, ", x.sizes(), ", got ", grad.sizes());
   TORCH_CHECK_VALUE(grad.device() == x.device(), "grad is on ", grad.device(), ", x on ", x.device());
+}
+
+// A gradient that its own backward overwrites.
+inline void check_same_memory(const at::Tensor& grad, const at::Tensor& x) {
+  check_dense(x, "x");
+  TORCH_CHECK_VALUE(grad.strides() == x.strides(), "grad is written in place and must have the strides of x, ",
+                    x.strides(), ", got ", grad.strides());
 }
 
 // Everything of lsq but the step; returns the axis counted from the front, or nothing.

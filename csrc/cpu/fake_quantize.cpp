@@ -102,6 +102,16 @@ at::Tensor fake_quantize_backward_cpu(const at::Tensor& grad, const at::Tensor& 
   return out;
 }
 
+void fake_quantize_backward_in_place_cpu(at::Tensor& grad, const at::Tensor& mask) {
+  check_input(grad);
+  check_dense(grad, "grad");
+  check_mask(grad, mask);
+  const auto loop = fake_quantize_loops().select_in_place;
+  const uint8_t* bits = mask.const_data_ptr<uint8_t>();
+  void* dx = grad.mutable_data_ptr();
+  for_stretches(grad.numel(), [&](int64_t begin, int64_t end) { loop(grad.element_size(), dx, bits, begin, end); });
+}
+
 }  // namespace
 }  // namespace quantkern::cpu
 
@@ -109,4 +119,5 @@ TORCH_LIBRARY_IMPL(quantkern, CPU, m) {
   m.impl("fake_quantize_forward", quantkern::cpu::fake_quantize_cpu);
   m.impl("fake_quantize_forward.number", quantkern::cpu::fake_quantize_number_cpu);
   m.impl("fake_quantize_backward", quantkern::cpu::fake_quantize_backward_cpu);
+  m.impl("fake_quantize_backward_", quantkern::cpu::fake_quantize_backward_in_place_cpu);
 }

@@ -31,6 +31,8 @@ struct FakeQuantizeLoops {
   // out = grad where the mask bit is 1, else 0, on [begin, end); elements of 2, 4 or 8 bytes.
   void (*select)(int64_t element_size, const void* grad, const uint8_t* mask, void* out, int64_t begin, int64_t end,
                  bool streamed);
+  // The same in place: where all bits are 1 the elements are not even read.
+  void (*select_in_place)(int64_t element_size, void* grad, const uint8_t* mask, int64_t begin, int64_t end);
   // Smallest and largest value on [begin, end), NaN left out.
   Range (*range)(DType dtype, const void* x, int64_t begin, int64_t end);
   // low[j], high[j] take in every element i of [begin, end) with i % period == j; begin % period == 0.

@@ -179,6 +179,23 @@ static void select(int64_t element_size, const void* grad, const uint8_t* mask, 
   stream_fence();
 }
 
+template <class E>
+static void select_in_place_typed(void* data, const uint8_t* mask, int64_t begin, int64_t end) {
+  int64_t i = begin;
+  for (; i + kStretch <= end; i += kStretch) {
+    uint64_t bits;
+    std::memcpy(&bits, mask + i / 8, sizeof bits);
+    if (bits != ~uint64_t{0}) select_typed<false, E>(data, mask, data, i, i + kStretch);
+  }
+  select_typed<false, E>(data, mask, data, i, end);
+}
+
+static void select_in_place(int64_t element_size, void* grad, const uint8_t* mask, int64_t begin, int64_t end) {
+  if (element_size == 2) return select_in_place_typed<uint16_t>(grad, mask, begin, end);
+  if (element_size == 4) return select_in_place_typed<uint32_t>(grad, mask, begin, end);
+  select_in_place_typed<uint64_t>(grad, mask, begin, end);
+}
+
 // Four accumulators hide the latency of the comparisons. With the data first, NaN never gets in.
 template <class T>
 static Range range_typed(const void* data, int64_t begin, int64_t end) {
@@ -272,4 +289,4 @@ static void column_ranges(DType dtype, const void* x, int64_t begin, int64_t end
   }
 }
 
-static const FakeQuantizeLoops fake_quantize_loops{quantize, select, range, column_ranges};
+static const FakeQuantizeLoops fake_quantize_loops{quantize, select, select_in_place, range, column_ranges};

@@ -93,6 +93,36 @@ std::vector<LsqSums> column_gradients(const Backward& b, const Layout& layout, c
   return sums;
 }
 
+struct LsqGradients {
+  at::Tensor dscale, dzero_point;
+};
+
+// The arguments are checked; in, above and out are dense with the same strides, and out may be one of them.
+LsqGradients run_backward(const at::Tensor& in, const at::Tensor& above, const at::Tensor& out, const at::Tensor& scale,
+                          int64_t quant_min, int64_t quant_max, double grad_scale, std::optional<int64_t> axis,
+                          const MaybeTensor& zero_point) {
+  at::Tensor dscale = at::zeros_like(scale, at::MemoryFormat::Contiguous);
+  at::Tensor dzero = zero_point.has_value() ? at::zeros_like(*zero_point, at::MemoryFormat::Contiguous)
+                                            : at::empty({0}, scale.options());
+  if (in.numel() == 0) return {dscale, dzero};
+  // A row that does not repeat is no column: its sums would be as many as its elements.
+  const Layout layout = layout_of(out, axis);
+  const bool columns = layout.channels > 1 && layout.inner < kShortRow && layout.outer > 1;
+  PreparedParams params(layout, quant_min, quant_max, /*as_columns=*/columns);
+  prepare(params, layout, scale, zero_point);
+  const Backward work{dtype_of(in),           in.const_data_ptr(), above.const_data_ptr(),
+                      out.mutable_data_ptr(), in.numel(),          is_streamed(in, out) && !above.is_same(out)};
+  const std::vector<LsqSums> sums = params.is_columns()
+                                        ? column_gradients(work, layout, params.view(), zero_point.has_value())
+                                        : row_gradients(work, layout, params.view());
+  for (int64_t c = 0; c < layout.channels; ++c) {
+    dscale.mutable_data_ptr<float>()[c] = static_cast<float>(sums[c].dscale * grad_scale);
+    if (zero_point.has_value())
+      dzero.mutable_data_ptr<float>()[c] = static_cast<float>(sums[c].dzero_point * grad_scale);
+  }
+  return {dscale, dzero};
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> lsq_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
                                                                 const at::Tensor& scale, int64_t quant_min,
                                                                 int64_t quant_max, double grad_scale,
@@ -102,26 +132,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lsq_backward_cpu(const at::Tensor
   check_gradient(grad, x);
   auto [in, out] = dense_in_out(x);
   const at::Tensor above = in_layout_of(grad, out);
-  at::Tensor dscale = at::zeros_like(scale, at::MemoryFormat::Contiguous);
-  at::Tensor dzero = zero_point.has_value() ? at::zeros_like(*zero_point, at::MemoryFormat::Contiguous)
-                                            : at::empty({0}, scale.options());
-  if (x.numel() == 0) return {out, dscale, dzero};
-  // A row that does not repeat is no column: its sums would be as many as its elements.
-  const Layout layout = layout_of(out, axis);
-  const bool columns = layout.channels > 1 && layout.inner < kShortRow && layout.outer > 1;
-  PreparedParams params(layout, quant_min, quant_max, /*as_columns=*/columns);
-  prepare(params, layout, scale, zero_point);
-  const Backward work{dtype_of(x), in.const_data_ptr(), above.const_data_ptr(), out.mutable_data_ptr(),
-                      x.numel(),   is_streamed(in, out)};
-  const std::vector<LsqSums> sums = params.is_columns()
-                                        ? column_gradients(work, layout, params.view(), zero_point.has_value())
-                                        : row_gradients(work, layout, params.view());
-  for (int64_t c = 0; c < layout.channels; ++c) {
-    dscale.mutable_data_ptr<float>()[c] = static_cast<float>(sums[c].dscale * grad_scale);
-    if (zero_point.has_value())
-      dzero.mutable_data_ptr<float>()[c] = static_cast<float>(sums[c].dzero_point * grad_scale);
-  }
+  const auto [dscale, dzero] = run_backward(in, above, out, scale, quant_min, quant_max, grad_scale, axis, zero_point);
   return {out, dscale, dzero};
+}
+
+std::tuple<at::Tensor, at::Tensor> lsq_backward_in_place_cpu(at::Tensor& grad, const at::Tensor& x,
+                                                             const at::Tensor& scale, int64_t quant_min,
+                                                             int64_t quant_max, double grad_scale,
+                                                             std::optional<int64_t> axis,
+                                                             const MaybeTensor& zero_point) {
+  axis = check_lsq(x, scale, quant_min, quant_max, axis, zero_point);
+  check_gradient(grad, x);
+  check_same_memory(grad, x);
+  const auto [dscale, dzero] = run_backward(x, grad, grad, scale, quant_min, quant_max, grad_scale, axis, zero_point);
+  return {dscale, dzero};
 }
 
 }  // namespace
@@ -130,4 +154,5 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lsq_backward_cpu(const at::Tensor
 TORCH_LIBRARY_IMPL(quantkern, CPU, m) {
   m.impl("lsq_forward", quantkern::cpu::lsq_cpu);
   m.impl("lsq_backward", quantkern::cpu::lsq_backward_cpu);
+  m.impl("lsq_backward_", quantkern::cpu::lsq_backward_in_place_cpu);
 }

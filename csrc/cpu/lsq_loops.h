@@ -13,7 +13,8 @@ struct LsqSums {
 };
 
 struct LsqLoops {
-  // dx on [begin, end), all of one channel; returns that stretch's part of the other gradients.
+  // dx on [begin, end), all of one channel; returns that stretch's part of the other gradients. dx may be grad, of
+  // which only what changes is then written.
   LsqSums (*gradient)(DType dtype, const void* x, const void* grad, void* dx, int64_t begin, int64_t end,
                       const ChannelParams& params, int64_t channel, bool streamed);
   // dx on [begin, end), element i in column i % params.channels (params.inner == 1, begin a multiple of the period);

@@ -2,12 +2,21 @@
 //
 //   formula   numerics/lsq_lane.h
 //   layout    elements in memory order
-//   bytes     x and grad are read once, dx is written once: 12 an element in float32, 6 in 16 bits
+//   bytes     x and grad are read once, dx is written once: 12 an element in float32, 6 in 16 bits; in place 8 and 4
 //   numerics  float32 lanes; a stretch is summed lane by lane in float32, stretches in float64 in a fixed order
 
-template <class T>
-static LsqSums gradient_typed(const void* x_data, const void* grad_data, void* dx_data, int64_t begin, int64_t end,
-                              const ChannelParams& p, int64_t channel, bool streamed) {
+enum class Store { kPlain, kStreamed, kChanged };
+
+// kChanged: over `before`, which most often it equals.
+template <Store kStore, class T, class V>
+QK_LANE void store_gradient(T* p, V value, V before) {
+  if (kStore == Store::kChanged && equal_bits(value, before) == (1u << V::width) - 1) return;
+  store<kStore == Store::kStreamed>(p, value);
+}
+
+template <Store kStore, class T>
+static LsqSums gradient_stored(const void* x_data, const void* grad_data, void* dx_data, int64_t begin, int64_t end,
+                               const ChannelParams& p, int64_t channel) {
   using V = typename VecOf<T>::type;
   const T *x = static_cast<const T*>(x_data), *grad = static_cast<const T*>(grad_data);
   T* dx = static_cast<T*>(dx_data);
@@ -20,7 +29,7 @@ static LsqSums gradient_typed(const void* x_data, const void* grad_data, void* d
       load(x + i + k * V::width, value);
       load(grad + i + k * V::width, above);
       const auto part = lsq_gradient_lane(value, above, params, low, high, zero);
-      streamed ? store<true>(dx + i + k * V::width, part.dx) : store<false>(dx + i + k * V::width, part.dx);
+      store_gradient<kStore>(dx + i + k * V::width, part.dx, above);
       dscale[k] = dscale[k] + part.dscale;
       dzero_point = dzero_point + part.dzero_point;
     }
@@ -35,6 +44,14 @@ static LsqSums gradient_typed(const void* x_data, const void* grad_data, void* d
     dzero_point = dzero_point + part.dzero_point;
   }
   return {sum_of(dscale[0]) + sum_of(dscale[1]), sum_of(dzero_point)};
+}
+
+template <class T>
+static LsqSums gradient_typed(const void* x, const void* grad, void* dx, int64_t begin, int64_t end,
+                              const ChannelParams& p, int64_t channel, bool streamed) {
+  if (dx == grad) return gradient_stored<Store::kChanged, T>(x, grad, dx, begin, end, p, channel);
+  return streamed ? gradient_stored<Store::kStreamed, T>(x, grad, dx, begin, end, p, channel)
+                  : gradient_stored<Store::kPlain, T>(x, grad, dx, begin, end, p, channel);
 }
 
 static LsqSums gradient(DType dtype, const void* x, const void* grad, void* dx, int64_t begin, int64_t end,

@@ -8,7 +8,7 @@
 // Grid: one thread owns eight consecutive elements and their mask byte, then strides by the whole grid. Blocks of
 // 256 threads, at most 32 a multiprocessor.
 // Bytes an element: forward reads x and writes y and 1/8 byte of mask, 8.125 in float32 and 4.125 in 16 bits; the
-// backward moves the same.
+// backward moves the same, and in place only the groups of eight in which a gradient stops, 1/8 byte at best.
 // Numerics: float32 for every element type, IEEE division, no contraction (numerics/affine.h). While the gate is
 // closed elements are moved without conversion, so that y is x bit for bit.
 #include "fake_quantize.cuh"
@@ -80,8 +80,9 @@ __global__ void __launch_bounds__(kBlock)
   for (int64_t index = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; index * kGroup < numel;
        index += stride) {
     const int64_t begin = index * kGroup;
-    Group<T> group = load_group(grad, begin, numel, grad_vectorizable);
     const unsigned bits = mask[index];
+    if (grad == out && bits == element_bits(begin, numel)) continue;
+    Group<T> group = load_group(grad, begin, numel, grad_vectorizable);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
       if (!(bits >> j & 1u)) group.lane[j] = from_float<T>(0.0f);

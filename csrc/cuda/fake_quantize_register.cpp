@@ -70,6 +70,16 @@ at::Tensor fake_quantize_backward_cuda(const at::Tensor& grad, const at::Tensor&
   return out;
 }
 
+void fake_quantize_backward_in_place_cuda(at::Tensor& grad, const at::Tensor& mask) {
+  check_cuda_input(grad);
+  check_dense(grad, "grad");
+  check_mask(grad, mask);
+  const c10::cuda::CUDAGuard guard(grad.device());
+  C10_CUDA_CHECK(launch_fake_quantize_backward(dtype_of(grad), grad.const_data_ptr(), mask.const_data_ptr<uint8_t>(),
+                                               grad.mutable_data_ptr(), grad.numel(),
+                                               c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace
 }  // namespace quantkern::cuda
 
@@ -77,4 +87,5 @@ TORCH_LIBRARY_IMPL(quantkern, CUDA, m) {
   m.impl("fake_quantize_forward", quantkern::cuda::fake_quantize_cuda);
   m.impl("fake_quantize_forward.number", quantkern::cuda::fake_quantize_number_cuda);
   m.impl("fake_quantize_backward", quantkern::cuda::fake_quantize_backward_cuda);
+  m.impl("fake_quantize_backward_", quantkern::cuda::fake_quantize_backward_in_place_cuda);
 }

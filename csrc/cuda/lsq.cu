@@ -11,7 +11,8 @@
 // Grid, by column: one block owns up to 32 groups of columns and one split of the rows, as in ranges.cu; each thread
 // keeps eight columns, their parameters and sums. Grid, combining: one warp a channel adds up the partial sums. That
 // is a launch of its own: blocks that count who is last would need a counter cleared before, which is a launch too.
-// Bytes an element: reads x and grad and writes dx, 12 in float32 and 6 in 16 bits.
+// Bytes an element: reads x and grad and writes dx, 12 in float32 and 6 in 16 bits; by row and in place (dx is grad)
+// only groups that change are written, 8 and 4.
 // Numerics: float32 lanes (numerics/lsq_lane.h); sums in float32 within a block and in float64 over blocks. Who adds
 // what depends on the sizes and the device alone, never on timing, so results repeat bit for bit.
 #include "lsq.cuh"
@@ -64,13 +65,16 @@ __global__ void __launch_bounds__(kBlock)
       const Group<T> values = load_group(x + start, begin, view.inner, vectorizable);
       Group<T> gradients = load_group(grad + start, begin, view.inner, vectorizable);
       const unsigned elements = element_bits(begin, view.inner);
+      bool changed = grad != dx;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         if (elements >> j & 1u) {
+          const float before = to_float(gradients.lane[j]);
           gradients.lane[j] = take_gradient(values.lane[j], gradients.lane[j], affine, limits, sums);
+          changed = changed || to_float(gradients.lane[j]) != before;
         }
       }
-      store_group(dx + start, begin, view.inner, vectorizable, gradients);
+      if (changed) store_group(dx + start, begin, view.inner, vectorizable, gradients);
     }
     sums = {block_sum(sums.dscale), block_sum(sums.dzero_point)};
     if (threadIdx.x == 0) partials[task] = sums;

@@ -9,7 +9,7 @@ namespace quantkern::cuda {
 struct LsqBackwardArguments {
   DType dtype;
   const void *x, *grad;
-  void* dx;  // may be x
+  void* dx;  // may be x or grad
   ChannelView view;
   Parameters parameters;  // those of the forward
   int quant_min, quant_max;
