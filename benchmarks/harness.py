@@ -24,10 +24,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -100,6 +102,7 @@ class Result:
     bytes_per_element: what the floor would have moved in this contestant's time, for an element. Less than the floor's
     own bytes: it is faster than the floor, whose stores may read a line of memory before they write it.
     other_work: not empty where it was timed although it computes something else, and what.
+    round_to_floor: the median over the rounds of this contestant's sample over the floor's of the same round.
     """
 
     labels: dict[str, str]
@@ -117,6 +120,7 @@ class Result:
     figures: dict[str, float]
     bytes_per_element: float | None = None
     other_work: str = ""
+    round_to_floor: float | None = None
 
     @property
     def floor_bytes_per_element(self) -> float:
@@ -274,6 +278,11 @@ def _time(
             figures=accepted[name][1].figures,
             bytes_per_element=case.floor_bytes / case.elements * median / floor if floor else None,
             other_work=accepted[name][1].other_work,
+            round_to_floor=(
+                percentile([own / other for own, other in zip(samples[name], samples[case.floor], strict=True)], 50)
+                if floor
+                else None
+            ),
         )
         for name, median in medians.items()
     ]
@@ -291,6 +300,17 @@ def gradients(y: Tensor, inputs: Sequence[Tensor], above: Tensor, keep_graph: bo
     )
 
 
+def traced(run: Callable[[], T], memory: bool = True) -> tuple[T, list[dict[str, Any]]]:
+    """What ``run`` returns, and the events of torch's profiler: operators and, named "[memory]", tensors' memory."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler announces itself on every start
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=memory) as profile:
+        held = run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        return held, json.loads(path.read_text())["traceEvents"]
+
+
 def allocated(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
     """Bytes of tensors that one call of ``run`` allocates: at its peak, and still held when it has returned.
 
@@ -305,14 +325,9 @@ def allocated(run: Callable[[], object], device: torch.device) -> tuple[int, int
         figures = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
         del held
         return figures
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler announces itself on every start
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        held = run()
+    held, trace = traced(run)
     del held
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = [one for one in json.loads(trace.read_text())["traceEvents"] if one.get("name") == "[memory]"]
+    events = [one for one in trace if one.get("name") == "[memory]"]
     live: dict[int, int] = {}
     peak = 0
     for event in sorted(events, key=lambda one: one["ts"]):
@@ -588,8 +603,13 @@ def run(
     chart: Path | None,
     distributions: Iterable[str],
     floor: str = "copy",
+    min_rounds: int = 7,
+    show: Callable[[Case, Sequence[Result], Sequence[Excluded]], None] | None = None,
 ) -> list[Result]:
-    """Check, time, print, write after every case (a run may be cut short), and draw. ``floor``: the cases' own."""
+    """Check, time, print, write after every case (a run may be cut short), and draw. ``floor``: the cases' own.
+
+    ``show`` prints a case in a benchmark's own way; then there is no summary either.
+    """
     if chart:
         require_matplotlib()
     where = environment(device, distributions)
@@ -599,12 +619,13 @@ def run(
     print(f"quantkern runs: {machine['quantkern']}")
     results: list[Result] = []
     excluded: list[Excluded] = []
-    for case, timed, not_timed in interleave(cases, seconds):
-        print_case(case, timed, not_timed)
+    for case, timed, not_timed in interleave(cases, seconds, min_rounds):
+        (show or print_case)(case, timed, not_timed)
         results += timed
         excluded += not_timed
         write_json(path, benchmark, where, arguments, results, excluded)
-    print_summary("milliseconds, ours over the floor, and each peer's time over ours", results, floor)
+    if show is None:
+        print_summary("milliseconds, ours over the floor, and each peer's time over ours", results, floor)
     print(f"\nwritten: {path}")
     if chart:
         plot(chart, f"{benchmark}, {arguments.get('dtype')}, {device.type}", results)

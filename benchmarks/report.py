@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import harness
@@ -37,6 +37,8 @@ def table(name: str) -> str:
     document, results, _ = harness.read_json(harness.RESULTS / f"{name}.json")
     if document["benchmark"] == "bnn":
         return binary_table(name, document, results)
+    if document["benchmark"] == "train_step":
+        return step_table(name, document, results)
     cases: dict[str, dict[str, harness.Result]] = {}
     backward: dict[str, harness.Result] = {}
     for result in results:
@@ -180,6 +182,96 @@ def binary_table(name: str, document: dict[str, Any], results: Sequence[harness.
     columns, rows = packed_figures(results)
     if rows:
         parts += ["", *markdown(columns, rows)]
+    stars = [line.replace("* ", "\\* ", 1) for line in harness.notes(results)]
+    return "\n".join([*parts, *(["", "<br>\n".join(stars)] if stars else [])]) + "\n"
+
+
+def step_figures(results: Sequence[harness.Result]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of benchmarks.train_step for one network: every contestant with all its figures."""
+    columns = ["contestant", "p20 ms", "p50 ms", "x float", "x float, rounds", "peak MB", "x float", "kept MB", "calls"]
+    plain = next((one for one in results if one.contestant == "float"), None)
+    rows = []
+    for one in results:
+        peak, kept = one.figures["peak_bytes"], one.figures["saved_bytes"]
+        more = harness.figure(peak / plain.figures["peak_bytes"]) if plain else "-"
+        cells = [harness.figure(value) for value in (one.p20_ms, one.p50_ms)]
+        cells += [precise(one.to_floor), precise(one.round_to_floor), harness.figure(peak / 1e6), more]
+        cells += [harness.figure(kept / 1e6), f"{one.figures['operator_calls']:.0f}"]
+        rows.append([one.contestant + ("*" if one.other_work else ""), *cells])
+    return columns, rows
+
+
+def precise(ratio: float | None) -> str:
+    """A ratio near 1 with three decimals."""
+    return "-" if ratio is None else f"{ratio:.3f}"
+
+
+STEP_SHOWN = {
+    "quantkern-qat": "our QAT",
+    "quantkern-qat-folded": "our QAT, batch norm folded",
+    "quantkern-lsq": "our LSQ",
+    "float-compiled": "float, compiled",
+    "quantkern-qat-compiled": "our QAT, compiled",
+    "quantkern-lsq-compiled": "our LSQ, compiled",
+    "nni-qat": "NNI 2.10 QAT",
+    "nni-lsq": "NNI 2.10 LSQ",
+    "torch.ao": "torch.ao fused",
+    "brevitas": "brevitas",
+    "torchao": "torchao",
+}
+"""The contestants of the tables of training steps, in their order."""
+
+
+def step_table(name: str, document: dict[str, Any], results: Sequence[harness.Result]) -> str:
+    """The markdown tables of benchmarks.train_step: time and peak memory over float, and what is kept and called."""
+    machine, versions, arguments = document["machine"], document["versions"], document["arguments"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    changed = " with uncommitted changes" if document["commit"]["dirty"] else ""
+    samples = min(one.samples for one in results)
+    told = (
+        f"Training steps on {where}; torch {versions['torch']}, commit {document['commit']['hash'][:10]}{changed}, "
+        f"{document['date'][:10]}. Forward, backward and an SGD step"
+        + (f" over {arguments['accumulate']} micro-batches" if arguments["accumulate"] != 1 else "")
+        + f", 8-bit weights, inputs and outputs of ReLUs; medians of at least {samples} steps each, interleaved in one "
+        "process. First the time over that of the float network (1.00: quantization costs nothing), then the same of "
+        "the most tensor memory alive at once, and the megabytes kept for the backward. All figures: "
+        f"benchmarks/results/{name}.json."
+    )
+    networks: dict[str, dict[str, harness.Result]] = {}
+    for result in results:
+        networks.setdefault(result.labels["network"], {})[result.contestant] = result
+    present = [one for one in STEP_SHOWN if any(one in timed for timed in networks.values())]
+    titles = [STEP_SHOWN[one] for one in present]
+
+    def rows(
+        cell: Callable[[harness.Result, harness.Result], str], own: Callable[[harness.Result], str]
+    ) -> list[list[str]]:
+        found = []
+        for network, timed in networks.items():
+            plain = timed["float"]
+            cells = [cell(timed[one], plain) if one in timed else "" for one in present]
+            found.append([f"{network}, batch {plain.labels['batch']}", own(plain), *cells])
+        return found
+
+    def time(one: harness.Result, plain: harness.Result) -> str:
+        return f"{one.p50_ms / plain.p50_ms:.2f}x" + ("*" if one.other_work else "")
+
+    def memory(one: harness.Result, plain: harness.Result) -> str:
+        return f"{one.figures['peak_bytes'] / plain.figures['peak_bytes']:.2f}x"
+
+    def kept(one: harness.Result) -> str:
+        return harness.figure(one.figures["saved_bytes"] / 1e6)
+
+    parts = [told]
+    for heads, table_rows in (
+        (["time of a step", "float, ms"], rows(time, lambda one: harness.figure(one.p50_ms))),
+        (
+            ["peak memory", "float, MB"],
+            rows(memory, lambda one: harness.figure(one.figures["peak_bytes"] / 1e6)),
+        ),
+        (["kept for the backward, MB", "float"], rows(lambda one, _: kept(one), kept)),
+    ):
+        parts += ["", *markdown([*heads, *titles], table_rows)]
     stars = [line.replace("* ", "\\* ", 1) for line in harness.notes(results)]
     return "\n".join([*parts, *(["", "<br>\n".join(stars)] if stars else [])]) + "\n"
 
