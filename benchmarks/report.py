@@ -2,7 +2,8 @@
 
     python -m benchmarks.report
 
-Between ``<!-- table: NAME -->`` (or ``accuracy``) and ``<!-- end -->`` stands what ``results/NAME.json`` says.
+Between ``<!-- table: NAME -->`` (or ``accuracy``, or ``ptq``) and ``<!-- end -->`` stands what ``results/NAME.json``
+says.
 """
 
 from __future__ import annotations
@@ -301,16 +302,48 @@ def accuracy(name: str) -> str:
     return told + "\n\n" + "\n".join(rows) + "\n"
 
 
+def calibrated(name: str) -> str:
+    """The markdown table of examples/ptq.py's runs: a row an observer, two columns a number of bits."""
+    document = json.loads((harness.RESULTS / f"{name}.json").read_text())
+    settings, machine, runs = document["settings"], document["machine"], document["runs"]
+
+    def mean(key: str, observer: str, bits: int) -> float:
+        return statistics.fmean(run[key] for run in runs if (run["observer"], run["bits"]) == (observer, bits))
+
+    level = mean("accuracy", "float", 32)
+    told = (
+        f"Post-training quantization of a trained float model ({level:.2f} %) on {document['data']}: "
+        f"{document['test_images']} test images, {settings['calibration']} training images observed, weights, inputs "
+        f"and activations quantized, means of {settings['seeds']} seed(s); {machine['cpu']}, {machine['threads']} "
+        f"threads, torch {document['versions']['torch']}, commit {document['commit']['hash'][:10]}, "
+        f"{document['date'][:10]}. First accuracy in points from float, then the scores' mean squared error in "
+        "thousandths of their variance."
+    )
+    rows = []
+    for observer in settings["observers"]:
+        row = [observer]
+        for bits in settings["bits"]:
+            points = round(mean("accuracy", observer, bits) - level, 2) + 0.0  # no -0.00
+            row.append(f"{points:+.2f}")
+            row.append(harness.figure(1000 * mean("error", observer, bits)))
+        rows.append(row)
+    heads = [f"{bits} bits{what}" for bits in settings["bits"] for what in ("", ", error")]
+    return "\n".join([told, "", *markdown(["observer", *heads], rows)]) + "\n"
+
+
+WRITERS = {"table": table, "accuracy": accuracy, "ptq": calibrated}
+"""Who writes what stands behind a marker."""
+
+
 def update(text: str) -> str:
     """README's text with every table whose results exist written anew."""
 
     def fill(found: re.Match[str]) -> str:
         kind, name = found.groups()
-        write = table if kind == "table" else accuracy
-        body = write(name) if (harness.RESULTS / f"{name}.json").exists() else ""
+        body = WRITERS[kind](name) if (harness.RESULTS / f"{name}.json").exists() else ""
         return f"<!-- {kind}: {name} -->\n{body}<!-- end -->"
 
-    return re.sub(r"<!-- (table|accuracy): (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.S)
+    return re.sub(rf"<!-- ({'|'.join(WRITERS)}): (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.S)
 
 
 if __name__ == "__main__":

@@ -283,13 +283,16 @@ class Attachment:
         if self.computed_as is not None and isinstance(self.layer, self.computed_as):
             change_class(self.layer, self.computed_as, self.own_class)
 
-    def refresh(self) -> None:
-        """Bring a scale that follows the weight up to date with the weight as it is now."""
-        if isinstance(self.weight, WeightFakeQuant):
-            training, self.weight.training = self.weight.training, False
-            with torch.no_grad():
-                _ = self.layer.weight
-            self.weight.training = training
+    def refresh(self) -> Tensor | None:
+        """Bring a scale that follows the weight up to date; the weight as evaluation has it, where a scale does."""
+        if not isinstance(self.weight, WeightFakeQuant):
+            return None
+        training, self.weight.training = self.weight.training, False
+        with torch.no_grad():
+            weight = self.layer.weight
+        self.weight.training = training
+        assert isinstance(weight, Tensor)
+        return weight
 
     def calibration(self) -> dict[str, Any]:
         """This layer's part of the calibration dict."""
@@ -310,6 +313,13 @@ class Attachment:
         for name in ("weight", "input", "output", "gradient"):
             if name in own and f"{name}_bits" not in given:
                 problems.append(f"{own[name].label}: {name}_bits is missing, expected {own[name].spec.bits}")
+        if isinstance(self.weight, WeightFakeQuant):
+            state = [(buffer, buffer.clone()) for buffer in self.weight.buffers()]
+            weight = self.refresh()
+            assert weight is not None
+            given = self.weight.state_range("weight", given, weight)
+            for buffer, value in state:
+                buffer.copy_(value)
         actions = [module.read_calibration(name, given, problems) for name, module in own.items()]
         if self.tensors is not None:  # quantizers that the dict knows and the layer does not have yet
             children = self.tensors._modules

@@ -213,6 +213,31 @@ class WeightFakeQuant(RangedFakeQuant):
         scale, zero_point = (value.detach().cpu().reshape(-1).clone() for value in (self.scale, self.zero_point))
         return {**self.settings(name), f"{name}_scale": scale, f"{name}_zero_point": zero_point}
 
+    def state_range(self, name: str, given: Mapping[str, Any], weight: Tensor) -> Mapping[str, Any]:
+        """``given`` with a range of integers where it has none: NNI writes scale and zero point alone.
+
+        They may belong to -127..127 or to 0..255. Taken is what clips the weight least, the rule's own where equal.
+        """
+        keys = tuple(f"{name}_{key}" for key in ("qmin", "qmax", "dtype"))
+        scale, zero_point = (self.read_tensor(f"{name}_{key}", given, []) for key in ("scale", "zero_point"))
+        if scale is None or zero_point is None or any(key in given for key in keys) or not weight.numel():
+            return given
+        rows = weight.detach().double().cpu()
+        rows = rows.reshape(1, -1) if self.spec.axis is None else rows.movedim(self.spec.axis, 0).flatten(1)
+        low, high = rows.amin(1), rows.amax(1)
+
+        def clipped(ends: tuple[int, int]) -> float:
+            lowest, highest = ((end - zero_point) * scale for end in ends)
+            return float(torch.maximum(lowest - low, high - highest).amax().clamp(min=0))
+
+        half = 2 ** (self.spec.bits - 1)
+        ranges = [self.spec.quant_range, (1 - half, half - 1), (0, 2 * half - 1)]
+        holding = [(a, b) for a, b in ranges if a <= zero_point.amin() and zero_point.amax() <= b]
+        if not holding:
+            return given
+        first, last = min(holding, key=clipped)
+        return {**given, keys[0]: first, keys[1]: last}
+
     def read_calibration(self, name: str, given: Mapping[str, Any], problems: list[str]) -> Callable[[], None]:
         """Check the entries of ``given``; the returned function then takes them over."""
         self.read_settings(name, given, problems)

@@ -705,7 +705,7 @@ def test_a_training_step_never_waits_for_the_device() -> None:
                 optimizer.zero_grad()
                 model(batch(seed)).square().mean().backward()
                 optimizer.step()
-        assert model.conv.parametrizations.weight[0].frozen
+        assert model.conv.parametrizations.weight[0].keeps_statistics
 
 
 @BOTH
@@ -780,10 +780,10 @@ def test_compiled_forwards_that_count_steps_freeze_with_the_next_train() -> None
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
     for seed in range(3):
         fast(batch(seed))
-    assert model.bn.num_batches_tracked == 3 and not model.conv.folding.frozen
+    assert model.bn.num_batches_tracked == 3 and not model.conv.folding.keeps_statistics
     model.train()
     fast(batch(3))
-    assert model.bn.num_batches_tracked == 3 and model.conv.folding.frozen
+    assert model.bn.num_batches_tracked == 3 and model.conv.folding.keeps_statistics
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -882,9 +882,9 @@ def test_a_calibration_that_does_not_fit_changes_nothing() -> None:
 
 
 def test_layers_missing_on_either_side_are_warnings() -> None:
-    quantizer = QAT_Quantizer(net(), rule("input", "conv"))
+    quantizer = QAT_Quantizer(net(), [*rule("input", "conv"), *rule("input", "fc")])
     with pytest.warns(UserWarning) as found:
-        quantizer.load_calibration_config({"conv1": {"input_bits": 8}})
+        quantizer.load_calibration_config({"conv1": {"input_bits": 8}, "fc": {"input_bits": 8}})
     texts = [str(entry.message) for entry in found]
     assert "calibration_config has no layer 'conv'" in texts
     assert any("layer 'conv1', which is not quantized here; did you mean 'conv'?" in text for text in texts)

@@ -72,11 +72,12 @@ class FoldedAttachment(Attachment):
         for module in (self.layer, self.norm):
             module.__dict__.pop("folding", None)
 
-    def refresh(self) -> None:
+    def refresh(self) -> Tensor | None:
         """The scale is that of the weight which evaluation uses."""
         training, self.norm.training = self.norm.training, False
-        super().refresh()
+        weight = super().refresh()
         self.norm.training = training
+        return weight
 
     def fold_for_good(self) -> None:
         """Leave the layer with the folded float weight and bias."""

@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from quantkern.fake_quant import FakeQuant, WeightFakeQuant
 from quantkern.learned import LearnedWeight
+from quantkern.observed import ObservedWeight
 
 LAYERS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -61,31 +62,31 @@ class Folding(FakeQuant):
         self.own_scales = self.spec.axis == int(transposed) and self.groups < 2
         low, high = self.spec.quant_range
         self.least_share = 0.0 if self.own_scales else min(1.0, LEAST_STEPS / max(1, (high - low) // 2))
-        self.freeze_step, self.steps_done, self.frozen = freeze_step, 0, freeze_step == 0
+        self.freeze_step, self.steps_done, self.keeps_statistics = freeze_step, 0, freeze_step == 0
         if freeze_step is not None and self.step is None:
             device = norm.running_mean.device if norm.running_mean is not None else None
             self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
 
     def uses_batch_statistics(self) -> bool:
         """Whether the batch norm normalizes with its batch, and follows it. Known to the host."""
-        return self.norm.training and not self.frozen
+        return self.norm.training and not self.keeps_statistics
 
     def stepped(self) -> None:
         """Count on the host what was counted on the device."""
         if self.freeze_step is not None and not torch.compiler.is_compiling():
             self.steps_done += 1
-            self.frozen = self.steps_done >= self.freeze_step
+            self.keeps_statistics = self.steps_done >= self.freeze_step
 
     def read_steps(self) -> None:
         """Learn from the device how many steps are done; waits for it."""
         if self.freeze_step is not None and self.step is not None and not self.step.is_meta:
             self.steps_done = int(self.step)
-            self.frozen = self.steps_done >= self.freeze_step
+            self.keeps_statistics = self.steps_done >= self.freeze_step
 
     def train(self, mode: bool = True) -> Any:
         """Switch between training and evaluation; compiled forwards have counted on the device alone."""
         super().train(mode)
-        if not self.frozen:
+        if not self.keeps_statistics:
             self.read_steps()
         return self
 
@@ -176,6 +177,14 @@ class FoldedWeight(Folding, WeightFakeQuant):
     """A folded weight on the grid of its current range."""
 
 
+class FoldedObservedWeight(Folding, ObservedWeight):
+    """A folded weight, float until its grid is chosen, and with running statistics whatever the batch norm's mode."""
+
+    def uses_batch_statistics(self) -> bool:
+        """No: nothing is trained."""
+        return False
+
+
 class FoldedLearnedWeight(Folding, LearnedWeight):
     """A folded weight on a learned grid, which starts on the folded weight.
 
@@ -216,7 +225,11 @@ class FoldedLearnedWeight(Folding, LearnedWeight):
         return value if value is None or key.endswith("zero_point") else value / self.absolute().double()
 
 
-FOLDED_WEIGHTS: dict[type[Any], type[Folding]] = {WeightFakeQuant: FoldedWeight, LearnedWeight: FoldedLearnedWeight}
+FOLDED_WEIGHTS: dict[type[Any], type[Folding]] = {
+    WeightFakeQuant: FoldedWeight,
+    LearnedWeight: FoldedLearnedWeight,
+    ObservedWeight: FoldedObservedWeight,
+}
 
 
 class _FoldedLayer:

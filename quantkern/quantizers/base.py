@@ -207,7 +207,8 @@ class Quantizer(nn.Module):
         Raises:
             ValueError: entries that contradict the rules (bits, granularity, axis, channels) or are no numbers; all
                 of them at once, nothing is changed. A grid of another dtype, symmetry or range of integers becomes
-                the one that the rule gives the same range. Layers missing on either side are a warning, as in NNI.
+                the one that the rule gives the same range. Layers missing on either side are a warning, as in NNI;
+                a dict that has none of the quantized layers is an error.
         """
         self._require_attached("load_calibration_config")
         if not isinstance(calibration_config, Mapping):
@@ -216,6 +217,7 @@ class Quantizer(nn.Module):
         problems: list[str] = []
         actions: list[Callable[[], None]] = []
         names = [attachment.name for attachment in self._attachments]
+        _require_a_layer_of(calibration_config, names)
         for attachment in self._attachments:
             if attachment.name not in calibration_config:
                 warnings.warn(f"calibration_config has no layer {attachment.name!r}", UserWarning, stacklevel=2)
@@ -242,6 +244,17 @@ def require_parameters_of(model: nn.Module, optimizer: Optimizer) -> None:
             "optimizer holds none of the model's parameters; build it from model.parameters() of this very model. "
             "The model and the optimizer are unchanged"
         )
+
+
+def _require_a_layer_of(calibration_config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse a dict that has none of the quantized layers: it is another model's."""
+    if any(name in calibration_config for name in names):
+        return
+    lines = "".join(f"\n  {name!r} is not quantized here{did_you_mean(name, names)}" for name in calibration_config)
+    raise ValueError(
+        "calibration_config is of another model: it has none of the quantized layers "
+        f"{', '.join(map(repr, names))}. Nothing was loaded{':' + lines if lines else ', it is empty'}"
+    )
 
 
 def _target(name: str, path: Target | None) -> Path:

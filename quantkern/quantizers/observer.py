@@ -17,7 +17,8 @@ from quantkern.config import Extra, Form, TensorSpec
 from quantkern.observed import Grid, ObservedActivation, ObservedWeight
 from quantkern.observers import OBSERVERS, Observer, ObserverSpec
 from quantkern.progress import Progress
-from quantkern.quantizers.base import ConfigList, Quantizer, Target
+from quantkern.quantizers.base import ConfigList, Target
+from quantkern.quantizers.folding import FoldingQuantizer
 from quantkern.settings import FACTORY, QUANT_TYPES, default_settings
 
 Observed = ObservedWeight | ObservedActivation
@@ -71,7 +72,7 @@ def _share(modules: Mapping[str, Observed], observers: Mapping[str, Observer]) -
     return {name: observers[name].over_ranks() for name in sorted(observers)}
 
 
-class ObserverQuantizer(Quantizer):
+class ObserverQuantizer(FoldingQuantizer):
     """Quantizes a trained model after it has observed some batches; nothing is trained.
 
     Until ``compress`` the model computes as before, and inputs and outputs are observed. ``compress`` chooses every
@@ -94,11 +95,13 @@ class ObserverQuantizer(Quantizer):
 
             observer, percentile and reduce_range are one value or a dict by quant type.
         optimizer: accepted as by every quantizer; nothing here needs it.
-        dummy_input: as for ``QAT_Quantizer``; it is not observed.
+        dummy_input, fold_bn: as for ``QAT_Quantizer``. Weights are observed and quantized with their batch norm folded
+            in, by its running statistics, whatever its mode; a layer's 'output' is that of its batch norm. The
+            dummy_input is not observed.
 
     Raises:
-        ConfigError: everything that is wrong with config_list; ValueError: a model in training mode. The model is
-            unchanged.
+        ConfigError: everything that is wrong with config_list; ValueError: a model in training mode, or fold_bn=True
+            as for ``QAT_Quantizer``. The model is unchanged.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
@@ -121,7 +124,10 @@ class ObserverQuantizer(Quantizer):
         config_list: ConfigList | None = None,
         optimizer: Optimizer | None = None,
         dummy_input: DummyInput | None = None,
+        *,
+        fold_bn: bool | None = None,
     ) -> None:
+        self.choose_folding(fold_bn, None, dummy_input)
         super().__init__(model, config_list, optimizer, dummy_input)
 
     def form(self) -> Form:
