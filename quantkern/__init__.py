@@ -2,6 +2,7 @@
 
 from quantkern import functional, nn, reference
 from quantkern.backend import Backend, backends
+from quantkern.layer_sensitivity import sensitivity
 from quantkern.quantizers import (
     BNNQuantizer,
     DoReFaQuantizer,
@@ -27,5 +28,6 @@ __all__ = [
     "nn",
     "reference",
     "reset_quant_scheme_dtype",
+    "sensitivity",
     "set_quant_scheme_dtype",
 ]

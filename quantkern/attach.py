@@ -363,11 +363,11 @@ def remove_parametrization(layer: nn.Module, parametrization: nn.Module, order: 
         owner[name] = owner.pop(name)
 
 
-def run_model(model: nn.Module, dummy_input: DummyInput) -> object:
+def run_model(model: nn.Module, dummy_input: DummyInput, name: str = "dummy_input") -> object:
     """What the model returns in one evaluation-mode forward without gradient.
 
-    ``dummy_input`` is a tensor, a tuple or list of positional arguments or a dict of keyword arguments. Nothing
-    stays behind: no gradient, no change of mode or of batch statistics.
+    ``dummy_input`` is a tensor, a tuple or list of positional arguments or a dict of keyword arguments; ``name``
+    is what errors call it. Nothing stays behind: no gradient, no change of mode or of batch statistics.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -380,7 +380,7 @@ def run_model(model: nn.Module, dummy_input: DummyInput) -> object:
             return model(dummy_input)
     except Exception as error:
         raise ValueError(
-            f"the model does not run on dummy_input: {error}. Expected a tensor, a tuple of the model's positional "
+            f"the model does not run on {name}: {error}. Expected a tensor, a tuple of the model's positional "
             "arguments or a dict of its keyword arguments, on the model's device; the model is unchanged"
         ) from error
     finally:

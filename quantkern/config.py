@@ -326,9 +326,11 @@ def layers_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
-def _warn_about_names(rules: Sequence[Rule], names: Mapping[nn.Module, Sequence[str]], stacklevel: int) -> None:
+def _notes_on_names(rules: Sequence[Rule], names: Mapping[nn.Module, Sequence[str]]) -> list[str]:
+    """What rules name that the model lacks, and rules that select nothing."""
     types = {op_type(module) for module in names}
     all_names = {name for own in names.values() for name in own}
+    notes = []
     for rule in rules:
         unknown = False
         for key, asked, known in (("op_types", rule.op_types, types), ("op_names", rule.op_names, all_names)):
@@ -337,10 +339,10 @@ def _warn_about_names(rules: Sequence[Rule], names: Mapping[nn.Module, Sequence[
                 wanted = wanted - {"default", *DEFAULT_OP_TYPES}
             for word in sorted(wanted - known):
                 unknown = True
-                text = f"{rule.label}[{key!r}]: the model has no {word!r}{did_you_mean(word, known)}"
-                warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
+                notes.append(f"{rule.label}[{key!r}]: the model has no {word!r}{did_you_mean(word, known)}")
         if not unknown and not any(rule.selects(op_type(module), own) for module, own in names.items()):
-            warnings.warn(f"{rule.label} selects no layer of the model", UserWarning, stacklevel=stacklevel + 1)
+            notes.append(f"{rule.label} selects no layer of the model")
+    return notes
 
 
 def _check_weight(plan: LayerPlan, spec: TensorSpec, problems: list[str]) -> TensorSpec:
@@ -368,11 +370,13 @@ def _check_weight(plan: LayerPlan, spec: TensorSpec, problems: list[str]) -> Ten
     return replace(spec, axis=axis % weight.dim())
 
 
-def plan_layers(model: nn.Module, config_list: object, form: Form, stacklevel: int = 2) -> list[LayerPlan]:
+def plan_layers(
+    model: nn.Module, config_list: object, form: Form, stacklevel: int = 2, notes: list[str] | None = None
+) -> list[LayerPlan]:
     """The layers of ``model`` that ``config_list`` selects, each with its specs; the model is only looked at.
 
     Raises ConfigError with all problems. Warns about names and types that the model lacks (with the nearest ones),
-    about rules that select nothing and rules that a later rule replaces.
+    about rules that select nothing and rules that a later rule replaces; ``notes`` gets these warnings too.
     """
     rules, problems = read_rules(config_list, form)
     names = layers_of(model)
@@ -404,14 +408,16 @@ def plan_layers(model: nn.Module, config_list: object, form: Form, stacklevel: i
     if not plans and not problems:
         types = sorted({op_type(module) for module in names})
         problems.append(f"it selects no layer of the model; the model has the types {', '.join(types) or '(none)'}")
-    _warn_about_names(rules, names, stacklevel)
+    found = _notes_on_names(rules, names)
     for (earlier_label, label), layers in replaced.items():
-        warnings.warn(
+        found.append(
             f"{label} replaces {earlier_label} for {', '.join(map(repr, layers))}: rules are not merged, the last one "
-            "counts. Put all quant_types of a layer into one rule.",
-            UserWarning,
-            stacklevel=stacklevel + 1,
+            "counts. Put all quant_types of a layer into one rule."
         )
+    for text in found:
+        warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
+    if notes is not None:
+        notes.extend(found)
     if problems:
         raise ConfigError(problems)
     return plans

@@ -22,6 +22,7 @@ import fashion_mnist  # noqa: E402
 import models  # noqa: E402
 import ptq  # noqa: E402
 import quickstart  # noqa: E402
+import sensitivity  # noqa: E402
 import train  # noqa: E402
 from progress import Progress  # noqa: E402
 from recipes import ONE_OF_EACH  # noqa: E402
@@ -324,6 +325,26 @@ def test_ptq_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[st
         with pytest.raises(SystemExit):
             ptq.main(arguments)
         assert arguments[1] in capsys.readouterr().err
+
+
+def test_sensitivity_chooses_bits_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (pip install scikit-learn)")
+    page, threads = tmp_path / "report.html", torch.get_num_threads()
+    options = ["--epochs", "6", "--limit", "400", "--batch-size", "32", "--bits", "8,5,3"]
+    try:
+        report = sensitivity.main([*options, "--html", str(page)])
+        with pytest.raises(SystemExit, match="cannot be kept"):
+            sensitivity.main([*options, "--sqnr", "99"])
+    finally:
+        torch.set_num_threads(threads)
+    assert [row.name for row in report.rows if row.tensor == "weight"] == [
+        f"{layer}.weight" for layer in ("conv1", "conv2", "fc1", "fc2")
+    ]
+    assert {row.bits for row in report.rows} <= {8, 5, 3}
+    assert page.read_text(encoding="utf-8").count("<figure>") == len(report.rows) == 8
+    printed = capsys.readouterr().out
+    assert "SQNR (dB) of the model's outputs" in printed and "Top-1 accuracy (%)" in printed
+    assert "Bits for an SQNR of about 20 dB" in printed
 
 
 @pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--seeds", "two"], ["--quantizers", "qta"]])

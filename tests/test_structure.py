@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "quantkern"
 
 LEVELS = [
-    {"settings", "config", "reference", "ops", "progress", "_C", "_built_for"},
+    {"settings", "config", "reference", "ops", "progress", "files", "_C", "_built_for"},
     {"clip_range"},
     {"triton"},
     {"backend"},
@@ -25,8 +25,9 @@ LEVELS = [
     {"fake_quant", "learned", "binarized", "observers", "observed"},
     {"attach", "bn_fold"},
     {"nn"},
-    {"quantizers"},
     {"export", "report"},
+    {"quantizers"},
+    {"layer_sensitivity"},
 ]
 """A module may import from its own level and those above it in this list, never from one further down."""
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,9 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from quantkern.attach import Attachment, DummyInput, Kinds, OptimizerStepCounter, Sizes, run_dummy
 from quantkern.config import Form, LayerPlan, plan_layers
 from quantkern.fake_quant import ActivationFakeQuant, WeightFakeQuant
+from quantkern.files import Target, stage, target_of
+from quantkern.report import MAX_SATURATION, MIN_SQNR, Report, make_report
 from quantkern.settings import did_you_mean
 
-Target = str | os.PathLike[str]
 ConfigList = Sequence[Mapping[str, Any]]
 
 
@@ -53,7 +52,8 @@ class Quantizer(nn.Module):
             model = model.module
         if optimizer is not None:
             self.check_optimizer(model, optimizer)
-        plans = plan_layers(model, config_list, self.form(), stacklevel=4)
+        self._config_notes: list[str] = []
+        plans = plan_layers(model, config_list, self.form(), stacklevel=4, notes=self._config_notes)
         sizes: dict[str, Sizes] = {}
         if dummy_input is not None:
             sizes = run_dummy(model, plans, dummy_input)
@@ -153,7 +153,7 @@ class Quantizer(nn.Module):
         self._require_attached("export_model")
         paths = {"model_path": model_path, "calibration_path": calibration_path, "onnx_path": onnx_path}
         given = {name: path for name, path in paths.items() if path is not None or name == "model_path"}
-        targets = {name: _target(name, path) for name, path in given.items()}
+        targets = {name: target_of(name, path) for name, path in given.items()}
         if len(set(targets.values())) < len(targets):
             raise ValueError(
                 f"{', '.join(targets)} must be different files, got {', '.join(map(str, targets.values()))}"
@@ -162,7 +162,7 @@ class Quantizer(nn.Module):
         calibration = {attachment.name: attachment.calibration() for attachment in self._attachments}
         self._warn_about_unseen(calibration)
         with ExitStack() as stack:
-            folders = {name: _stage(stack, name, target) for name, target in targets.items()}
+            folders = {name: stage(stack, name, target) for name, target in targets.items()}
             staged = {name: folder / targets[name].name for name, folder in folders.items()}
             for attachment in self._attachments:
                 attachment.detach()
@@ -182,6 +182,37 @@ class Quantizer(nn.Module):
             hook.remove()
         self._exported = True
         return calibration
+
+    def report(
+        self, batch: DummyInput | None = None, max_saturation: float = MAX_SATURATION, min_sqnr: float = MIN_SQNR
+    ) -> Report:
+        """What quantization does to every tensor, and what looks wrong; ``print`` it, or ``.to_html(path)``.
+
+        Nothing changes: parameters, gradients, buffers, modes and the states of random generators stay as they are.
+        It may be called at any time, in training and in evaluation mode.
+
+        Args:
+            batch: runs once through the model in evaluation mode, and every quantized tensor is measured: a tensor, a
+                tuple of positional arguments or a dict of keyword arguments, as for dummy_input. None: weights are
+                measured, of inputs and outputs the report has what is known without a batch.
+            max_saturation: warn where more than so many percent of a tensor's values are clipped.
+            min_sqnr: warn where the signal-to-quantization-noise ratio is below so many dB.
+
+        Returns:
+            A ``quantkern.report.Report``; its docstring explains the columns and lists the warnings.
+
+        Raises:
+            RuntimeError: after ``export_model``. ValueError: the model does not run on batch.
+
+        >>> import torch, quantkern
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> report = quantkern.NaiveQuantizer(model).report()
+        >>> [(row.layer, row.tensor, row.bits) for row in report.rows]
+        [('0', 'weight', 8), ('2', 'weight', 8)]
+        """
+        self._require_attached("report")
+        notes = self._config_notes
+        return make_report(self, self.bound_model, self._attachments, batch, notes, max_saturation, min_sqnr)
 
     def _warn_about_unseen(self, calibration: Mapping[str, Mapping[str, Any]]) -> None:
         for attachment in self._attachments:
@@ -255,23 +286,6 @@ def _require_a_layer_of(calibration_config: Mapping[str, Any], names: Sequence[s
         "calibration_config is of another model: it has none of the quantized layers "
         f"{', '.join(map(repr, names))}. Nothing was loaded{':' + lines if lines else ', it is empty'}"
     )
-
-
-def _target(name: str, path: Target | None) -> Path:
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise TypeError(f"{name} must be a path, got {path!r}")
-    target = Path(path).absolute()
-    if target.is_dir():
-        raise IsADirectoryError(f"{name} is the folder {target}, expected a file")
-    return target
-
-
-def _stage(stack: ExitStack, name: str, target: Path) -> Path:
-    """A temporary folder beside the target, so that the finished file is moved and never seen half-written."""
-    try:
-        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".quantkern-", dir=target.parent)))
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {name} {target}: {error.strerror}; the model is unchanged") from error
 
 
 def _onnx_input(model: nn.Module, shape: Sequence[int] | None, device: torch.device | str | None) -> torch.Tensor:

@@ -20,10 +20,12 @@ class FoldingQuantizer(Quantizer):
     """A quantizer with ``fold_bn`` and ``freeze_bn_step``.
 
     folded_layers: by layer the batch norm folded into it; unfolded_layers: by layer why the one behind it is not.
+    folding_is_open: nothing is folded because neither fold_bn nor a dummy_input was given.
     """
 
     folded_layers: Mapping[str, str]
     unfolded_layers: Mapping[str, str]
+    folding_is_open: bool
 
     def choose_folding(self, fold_bn: bool | None, freeze_bn_step: int | None, dummy_input: object) -> None:
         """Check and keep the arguments about folding; called first in a constructor."""
@@ -37,6 +39,7 @@ class FoldingQuantizer(Quantizer):
                 f"freeze_bn_step={freeze_bn_step} is about folded batch norms, and none is folded: "
                 "give fold_bn=True or a dummy_input"
             )
+        self.folding_is_open = fold_bn is None and not fold
         self._folding, self._freeze_step = (fold, fold_bn is True), freeze_bn_step
 
     def fold_batch_norms(

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from quantkern.attach import DummyInput, Kinds, fake_quants
 from quantkern.config import Extra, Form, TensorSpec
+from quantkern.files import Target
 from quantkern.observed import Grid, ObservedActivation, ObservedWeight
 from quantkern.observers import OBSERVERS, Observer, ObserverSpec
 from quantkern.progress import Progress
-from quantkern.quantizers.base import ConfigList, Target
+from quantkern.quantizers.base import ConfigList
 from quantkern.quantizers.folding import FoldingQuantizer
 from quantkern.settings import FACTORY, QUANT_TYPES, default_settings
 
@@ -49,6 +50,11 @@ def _refine(quant_type: str, spec: TensorSpec, given: Mapping[str, Any]) -> Tens
     observer = spec.observer or ("minmax" if weight else "histogram")
     decay = given.get("ema_decay", _DECAY)
     return replace(spec, reduce_range=reduced, observer=observer, ema_decay=decay)
+
+
+def observer_form() -> Form:
+    """What the rules of an ObserverQuantizer may hold, and their defaults at this moment."""
+    return Form(QUANT_TYPES, _KEYS, default_settings(_FACTORY), 1, ObserverSpec, _EXTRAS, _refine)
 
 
 def _share(modules: Mapping[str, Observed], observers: Mapping[str, Observer]) -> dict[str, Observer]:
@@ -132,7 +138,7 @@ class ObserverQuantizer(FoldingQuantizer):
 
     def form(self) -> Form:
         """See ``Quantizer.form``."""
-        return Form(QUANT_TYPES, _KEYS, default_settings(_FACTORY), 1, ObserverSpec, _EXTRAS, _refine)
+        return observer_form()
 
     def refine_plans(self, model: nn.Module, plans: list[Any]) -> list[Any]:
         """Refuse a model in training mode."""
@@ -190,7 +196,6 @@ class ObserverQuantizer(FoldingQuantizer):
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1 or None, got {steps}")
         model = self.bound_model.eval()
-        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         total = min(len(loader), steps or len(loader)) if isinstance(loader, Sized) else steps
         done = 0
         with Progress(total) if progress else nullcontext() as bar:
@@ -200,7 +205,7 @@ class ObserverQuantizer(FoldingQuantizer):
                 if forward is not None:
                     forward(model, batch)
                 else:
-                    _run(model, batch, device)
+                    run_batch(model, batch)
                 done += 1
                 if bar is not None:
                     bar.advance()
@@ -277,16 +282,16 @@ class ObserverQuantizer(FoldingQuantizer):
         return super().export_model(model_path, calibration_path, onnx_path, input_shape, device)
 
 
-def _run(model: nn.Module, batch: object, device: torch.device) -> None:
-    """Call the model with a batch of a loader."""
+def run_batch(model: nn.Module, batch: object) -> object:
+    """What the model returns for a batch of a loader, which is moved to the model's device."""
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
     if isinstance(batch, Mapping):
-        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
-    elif isinstance(batch, Tensor):
-        model(batch.to(device))
-    else:
-        raise TypeError(
-            f"a batch is {type(batch).__name__}, expected a tensor, a tuple or list that starts with one, or a dict of "
-            "keyword arguments; for others give forward=lambda model, batch: ..."
-        )
+        return model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+    if isinstance(batch, Tensor):
+        return model(batch.to(device))
+    raise TypeError(
+        f"a batch is {type(batch).__name__}, expected a tensor, a tuple or list that starts with one, or a dict of "
+        "keyword arguments; for others give forward=lambda model, batch: ..."
+    )
