@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -363,16 +364,26 @@ def remove_parametrization(layer: nn.Module, parametrization: nn.Module, order: 
         owner[name] = owner.pop(name)
 
 
-def run_model(model: nn.Module, dummy_input: DummyInput, name: str = "dummy_input") -> object:
-    """What the model returns in one evaluation-mode forward without gradient.
-
-    ``dummy_input`` is a tensor, a tuple or list of positional arguments or a dict of keyword arguments; ``name``
-    is what errors call it. Nothing stays behind: no gradient, no change of mode or of batch statistics.
-    """
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module's own mode comes back."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad():
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def run_model(model: nn.Module, dummy_input: DummyInput, name: str = "dummy_input") -> object:
+    """What the model returns in one evaluation-mode forward without gradient.
+
+    ``dummy_input`` is a tensor, a tuple or list of positional arguments or a dict of keyword arguments. Nothing
+    stays behind: no gradient, no change of mode or of batch statistics. ``name``: what the caller calls it.
+    """
+    try:
+        with in_evaluation(model), torch.no_grad():
             if isinstance(dummy_input, dict):
                 return model(**dummy_input)
             if isinstance(dummy_input, (tuple, list)):
@@ -383,9 +394,6 @@ def run_model(model: nn.Module, dummy_input: DummyInput, name: str = "dummy_inpu
             f"the model does not run on {name}: {error}. Expected a tensor, a tuple of the model's positional "
             "arguments or a dict of its keyword arguments, on the model's device; the model is unchanged"
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def run_dummy(model: nn.Module, plans: Sequence[LayerPlan], dummy_input: DummyInput) -> dict[str, Sizes]:

@@ -199,10 +199,21 @@ class WeightFakeQuant(RangedFakeQuant):
                 return self.quantize(weight, spec.axis)
             self.loaded = False
         low, high = spec.quant_range
+        if not self.training and torch.compiler.is_exporting():
+            return self.on_current_grid(weight)
         return functional.fake_quantize_weight(
             weight, self.scale, self.zero_point, low, high, spec.symmetric, spec.axis,
             step=self.step, start_step=spec.start_step,
         )  # fmt: skip
+
+    def on_current_grid(self, weight: Tensor) -> Tensor:
+        """The same numbers without writing the state, which an exported program shall not do."""
+        spec = self.spec
+        low, high = reference.min_max(weight, spec.axis)
+        scale, zero_point = reference.choose_scale(low.float(), high.float(), *spec.quant_range, spec.symmetric)
+        return functional.fake_quantize(
+            weight, scale, zero_point, *spec.quant_range, spec.axis, step=self.step, start_step=spec.start_step
+        )
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to ``layer.weight`` sets the float weight."""

@@ -12,7 +12,11 @@ Target = str | os.PathLike[str]
 
 
 def target_of(name: str, path: Target | None) -> Path:
-    """The absolute path of a file to write; ``name`` is what errors call it."""
+    """The absolute path of a file to write; ``name`` is what errors call it.
+
+    Raises:
+        TypeError: no path. IsADirectoryError: the path of a folder.
+    """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise TypeError(f"{name} must be a path, got {path!r}")
     target = Path(path).absolute()
@@ -22,11 +26,21 @@ def target_of(name: str, path: Target | None) -> Path:
 
 
 def stage(stack: ExitStack, name: str, target: Path) -> Path:
-    """A temporary folder beside the target, so that the finished file is moved and never seen half-written."""
+    """A temporary folder beside the target, so that the finished file is moved and never seen half-written.
+
+    Raises:
+        OSError: the target's folder is missing or cannot be written.
+    """
     try:
         return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".quantkern-", dir=target.parent)))
     except OSError as error:
         raise OSError(error.errno, f"cannot write {name} {target}: {error.strerror}; the model is unchanged") from error
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Move what lies in a folder of ``stage`` to where it belongs: more than one file for an ONNX model over 2 GB."""
+    for file in folder.iterdir():
+        file.replace(target.parent / file.name)
 
 
 @contextmanager
@@ -42,6 +56,6 @@ def replaced(name: str, path: Target) -> Iterator[Path]:
     """
     target = target_of(name, path)
     with ExitStack() as stack:
-        file = stage(stack, name, target) / target.name
-        yield file
-        file.replace(target)
+        folder = stage(stack, name, target)
+        yield folder / target.name
+        publish(folder, target)

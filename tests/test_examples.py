@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 import bnn_vgg  # noqa: E402
 import data  # noqa: E402
+import deploy  # noqa: E402
 import fashion_mnist  # noqa: E402
 import models  # noqa: E402
 import ptq  # noqa: E402
@@ -391,3 +392,23 @@ def test_table_compares_with_float() -> None:
     assert header.split()[:2] == ["recipe", "weight"]
     assert first.split() == ["float", "32", "32", "98.50", "0.71", "+0.00", "2.00", "1.00x"]
     assert second.split() == ["qat", "8", "8", "98.25", "1.77", "-0.25", "3.00", "1.50x"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_deploy_exports_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("sklearn", "onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    out, threads = tmp_path / "run.json", torch.get_num_threads()
+    options = ["--epochs", "3", "--limit", "320", "--threads", "1", "--rounds", "3", "--out", str(tmp_path / "files")]
+    try:
+        outcome, times = deploy.main([*options, "--json", str(out)])
+    finally:
+        torch.set_num_threads(threads)
+    assert outcome.same_top1_percent > 99 and outcome.mean_steps < 0.1 and outcome.onnxruntime_accuracy > 60
+    assert outcome.float_bytes > 3 * outcome.int8_bytes > 10_000
+    assert [one.batch for one in times] == [1, 32] and all(one.int8_ms > 0 and one.float_ms > 0 for one in times)
+    document = json.loads(out.read_text())
+    assert document["outcome"]["same_top1_percent"] == outcome.same_top1_percent
+    assert document["versions"]["onnxruntime"] and document["latency"][0]["times_faster"] == times[0].ratio
+    printed = capsys.readouterr().out
+    assert f"same class for {outcome.same_top1_percent:.2f} % of the images" in printed

@@ -6,6 +6,7 @@ printed models know a layer by the name of its class.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from quantkern import functional
@@ -17,6 +18,9 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """See ``quantkern.functional.sign_linear``."""
+        if _is_exported(self):
+            packed, bias = _packed(self.weight, -1), _as_float(self.bias)
+            return functional.binary_linear(input, packed, self.in_features, bias)
         return functional.sign_linear(input, *_like(input, self.weight, self.bias))
 
 
@@ -27,10 +31,29 @@ class Conv2d(nn.Conv2d):
         """See ``quantkern.functional.sign_conv2d``."""
         padding = symmetric_padding(self)
         assert padding is not None
-        weight, bias = _like(input, self.weight, self.bias)
         images = input.unsqueeze(0) if input.dim() == 3 else input
-        y = functional.sign_conv2d(images, weight, bias, self.stride, padding, self.dilation)
+        if _is_exported(self):
+            packed, bias = _packed(self.weight, 1), _as_float(self.bias)
+            y = functional.binary_conv2d(images, packed, bias, self.stride, padding, self.dilation)
+        else:
+            weight, bias = _like(input, self.weight, self.bias)
+            y = functional.sign_conv2d(images, weight, bias, self.stride, padding, self.dilation)
         return y.squeeze(0) if input.dim() == 3 else y
+
+
+def _packed(weight: Tensor, axis: int) -> Tensor:
+    packed = functional.pack_signs(weight, axis)
+    assert isinstance(packed, Tensor)
+    return packed
+
+
+def _as_float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()
+
+
+def _is_exported(layer: nn.Module) -> bool:
+    """Whether an inference program is made of the layer: with the operations that keep nothing for a backward."""
+    return not layer.training and torch.compiler.is_exporting()
 
 
 def _like(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -42,12 +42,16 @@ class LearnedFakeQuant(LearnedState):
         """Switch between training and evaluation."""
         super().train(mode)
         self.warned = self.warned and mode
+        if not (mode or self.started or (self.step is not None and self.step.is_meta)):
+            self.start()
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x on its grid."""
-        if not self.started and not self.start():
-            return x
+        if not self.started:
+            traced = not self.training and torch.compiler.is_compiling()  # then nothing can ask the device
+            if traced or not self.start():
+                return x
         axis = self.match_axis(x)
         if not self.ready and not self.prepare(x, axis):
             return x

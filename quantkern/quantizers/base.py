@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from quantkern.attach import Attachment, DummyInput, Kinds, OptimizerStepCounter, Sizes, run_dummy
 from quantkern.config import Form, LayerPlan, plan_layers
+from quantkern.export.biases import round_biases
+from quantkern.export.lowering import Options
+from quantkern.export.onnx_file import OnnxExport, export_onnx, save_float
+from quantkern.export.tracing import sample_input
+from quantkern.export.verify import MAX_MEAN_STEPS
 from quantkern.fake_quant import ActivationFakeQuant, WeightFakeQuant
-from quantkern.files import Target, stage, target_of
+from quantkern.files import Target, publish, stage, target_of
 from quantkern.report import MAX_SATURATION, MIN_SQNR, Report, make_report
 from quantkern.settings import did_you_mean
 
@@ -158,7 +161,7 @@ class Quantizer(nn.Module):
             raise ValueError(
                 f"{', '.join(targets)} must be different files, got {', '.join(map(str, targets.values()))}"
             )
-        sample = _onnx_input(self.bound_model, input_shape, device) if onnx_path is not None else None
+        sample = sample_input(self.bound_model, input_shape, device) if onnx_path is not None else None
         calibration = {attachment.name: attachment.calibration() for attachment in self._attachments}
         self._warn_about_unseen(calibration)
         with ExitStack() as stack:
@@ -171,10 +174,9 @@ class Quantizer(nn.Module):
                 if calibration_path is not None:
                     torch.save(calibration, staged["calibration_path"])
                 if sample is not None:
-                    _export_onnx(self.bound_model, sample, staged["onnx_path"])
+                    save_float(self.bound_model, sample, folders["onnx_path"], targets["onnx_path"].name)
                 for name, folder in folders.items():
-                    for file in folder.iterdir():  # more than one for an ONNX model over 2 GB
-                        file.replace(targets[name].parent / file.name)
+                    publish(folder, targets[name])
             except BaseException:
                 self._attach()
                 raise
@@ -213,6 +215,82 @@ class Quantizer(nn.Module):
         self._require_attached("report")
         notes = self._config_notes
         return make_report(self, self.bound_model, self._attachments, batch, notes, max_saturation, min_sqnr)
+
+    def round_biases(self) -> dict[str, float]:
+        """Round the biases of layers with a quantized input and weight to what an int32 bias holds.
+
+        ::
+
+            bias = rint(bias / (input_scale * weight_scale)) * (input_scale * weight_scale)
+
+        A folded batch norm's beta moves as far. The change is less than anything the layer resolves, but it decides
+        some roundings behind it: with it the model has the numbers of ``export_onnx``'s file, not only nearly. Call
+        it after training and before the last test. A layer whose 'input' no rule quantizes, or that has no bias or
+        no scale yet, stays as it is. Source: Jacob et al. 2018, section 2.4.
+
+        Returns:
+            Layer name -> the largest change of its bias.
+
+        Raises:
+            RuntimeError: after ``export_model``.
+        """
+        self._require_attached("round_biases")
+        return round_biases(self.bound_model, self._attachments)
+
+    def export_onnx(
+        self,
+        path: Target,
+        example_input: DummyInput,
+        verify: bool = True,
+        *,
+        dynamic_batch: bool = True,
+        max_mean_steps: float = MAX_MEAN_STEPS,
+        int4: bool | None = None,
+        int32_bias: bool = True,
+        signed_weights: bool = False,
+    ) -> OnnxExport:
+        """Write the quantized model as ONNX and compare the file with the model; the model stays as it is.
+
+        The file holds integers with DequantizeLinear nodes for weights, and QuantizeLinear and DequantizeLinear nodes
+        for inputs and outputs, so that onnxruntime computes layers in integers whose input, weight and output are
+        quantized. Folded batch norms are part of weight and bias. The numbers are those of the model in evaluation
+        mode; what rounds differently is ``x / scale`` for ``x * (1 / scale)``, the order of sums, int32 biases (see
+        ``round_biases``), and the learned zero points of LSQ+, which become integers. Binary layers and tensors that
+        have no scale yet stay float.
+
+        Args:
+            path: the file, opset 21.
+            example_input: a tensor, a tuple of the model's arguments or a dict of its keyword arguments.
+            verify: run the file with onnxruntime on example_input, and print the differences of every output in steps
+                (the scale of the output's fake-quantizer, else its range / 255) and the SQNR.
+            dynamic_batch: the first axis of every tensor that is as long as the first one's may have any length.
+            max_mean_steps: the largest mean difference of an output that is no drift.
+            int4: store weights of up to 4 bits in 4; onnxruntime then computes their layers in float. None (default):
+                only where the layer's input is not quantized.
+            int32_bias: store the bias of layers with a quantized input and weight as int32.
+            signed_weights: False stores weights as uint8 whose products could saturate in the kernels of x86 CPUs
+                without VNNI; True keeps int8, which needs onnxruntime's session option
+                ``session.x64quantprecision`` = "1" there.
+
+        Returns:
+            The numbers, to print or to read.
+
+        Raises:
+            DriftError: the file gives other numbers; no file is written then. RuntimeError: after ``export_model``,
+                or an ObserverQuantizer before ``compress``. ImportError: packages of the extra 'onnx' are missing.
+            TypeError, ValueError, OSError: path or example_input do not fit, or the model cannot be traced.
+        """
+        self._require_attached("export_onnx")
+        return export_onnx(
+            self.bound_model,
+            self._attachments,
+            path,
+            example_input,
+            verify_file=verify,
+            dynamic_batch=dynamic_batch,
+            max_mean_steps=max_mean_steps,
+            options=Options(int4, int32_bias, signed_weights),
+        )
 
     def _warn_about_unseen(self, calibration: Mapping[str, Mapping[str, Any]]) -> None:
         for attachment in self._attachments:
@@ -286,23 +364,3 @@ def _require_a_layer_of(calibration_config: Mapping[str, Any], names: Sequence[s
         "calibration_config is of another model: it has none of the quantized layers "
         f"{', '.join(map(repr, names))}. Nothing was loaded{':' + lines if lines else ', it is empty'}"
     )
-
-
-def _onnx_input(model: nn.Module, shape: Sequence[int] | None, device: torch.device | str | None) -> torch.Tensor:
-    if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) for size in shape):
-        raise ValueError(f"onnx_path needs input_shape, a tuple such as (1, 3, 32, 32); got {shape!r}")
-    missing = [package for package in ("onnx", "onnxscript") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ImportError(f"ONNX export needs {' and '.join(missing)}: pip install onnx onnxscript")
-    own = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    return torch.zeros(tuple(shape), device=own if device is None else device)
-
-
-def _export_onnx(model: nn.Module, sample: torch.Tensor, path: Path) -> None:
-    """The float model in evaluation mode; every module's mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        torch.onnx.export(model.eval(), (sample,), path, external_data=False)
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from quantkern.attach import DummyInput, Kinds, fake_quants
 from quantkern.config import Extra, Form, TensorSpec
+from quantkern.export.onnx_file import OnnxExport
 from quantkern.files import Target
 from quantkern.observed import Grid, ObservedActivation, ObservedWeight
 from quantkern.observers import OBSERVERS, Observer, ObserverSpec
@@ -263,6 +264,20 @@ class ObserverQuantizer(FoldingQuantizer):
             raise ValueError(f"compress(): there are values that no grid holds, nothing is changed:{lines}")
         return {label: observer.calculate_qparams() for label, observer in seen.items()}, unseen
 
+    def _require_compressed(self, method: str) -> None:
+        self._require_attached(method)
+        if not self.is_compressed():
+            raise RuntimeError(f"{method}(): there are no scales yet; call compress() first. Nothing is changed")
+
+    def export_onnx(self, *args: Any, **kwargs: Any) -> OnnxExport:
+        """As ``Quantizer.export_onnx``, after ``compress``.
+
+        Raises:
+            RuntimeError: before ``compress``. Others as ``Quantizer.export_onnx``.
+        """
+        self._require_compressed("export_onnx")
+        return super().export_onnx(*args, **kwargs)
+
     def export_model(
         self,
         model_path: Target,
@@ -276,9 +291,7 @@ class ObserverQuantizer(FoldingQuantizer):
         Raises:
             RuntimeError: before ``compress``. Others as ``Quantizer.export_model``.
         """
-        self._require_attached("export_model")
-        if not self.is_compressed():
-            raise RuntimeError("export_model(): there are no scales yet; call compress() first. Nothing is changed")
+        self._require_compressed("export_model")
         return super().export_model(model_path, calibration_path, onnx_path, input_shape, device)
 
 
