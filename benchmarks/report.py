@@ -2,8 +2,8 @@
 
     python -m benchmarks.report
 
-Between ``<!-- table: NAME -->`` (or ``accuracy``, or ``ptq``) and ``<!-- end -->`` stands what ``results/NAME.json``
-says.
+Between ``<!-- table: NAME -->`` (or ``accuracy``, ``ptq``, ``deployed``) and ``<!-- end -->`` stands what
+``results/NAME.json`` says.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def table(name: str) -> str:
         return binary_table(name, document, results)
     if document["benchmark"] == "train_step":
         return step_table(name, document, results)
+    if document["benchmark"] == "observers":
+        return observer_table(document, results)
     cases: dict[str, dict[str, harness.Result]] = {}
     backward: dict[str, harness.Result] = {}
     for result in results:
@@ -331,7 +333,56 @@ def calibrated(name: str) -> str:
     return "\n".join([told, "", *markdown(["observer", *heads], rows)]) + "\n"
 
 
-WRITERS = {"table": table, "accuracy": accuracy, "ptq": calibrated}
+def observer_table(document: dict[str, Any], results: Sequence[harness.Result]) -> str:
+    """The markdown table of benchmarks.observers: torch.ao's time over ours, and our error over its."""
+    timed = {(*result.labels.values(), result.contestant): result for result in results}
+    rows = []
+    for observer, tensor, per, part, contestant in timed:
+        theirs = timed.get((observer, tensor, per, part, "torch.ao"))
+        if contestant != "quantkern" or part != "observe" or theirs is None:
+            continue
+        ours, our_search, their_search = (
+            timed[observer, tensor, per, kind, who]
+            for kind, who in ((part, "quantkern"), ("qparams", "quantkern"), ("qparams", "torch.ao"))
+        )
+        ratio = (theirs.p50_ms + their_search.p50_ms) / (ours.p50_ms + our_search.p50_ms)
+        error = ours.figures["error"] / theirs.figures["error"]
+        rows.append([observer, tensor, per, f"{harness.figure(ratio)}x", harness.figure(error)])
+    told = (
+        f"Calibration on {document['machine']['cpu']}, {document['machine']['threads']} thread(s), torch "
+        f"{document['versions']['torch']}, commit {document['commit']['hash'][:10]}, {document['date'][:10]}: how many "
+        "times as fast as torch.ao's observer over the same batches, the choice of scale and zero point included, and "
+        "our squared quantization error over its."
+    )
+    heads = ["observer", "tensor", "per", "times as fast", "error over torch.ao's"]
+    return "\n".join([told, "", *markdown(heads, rows)]) + "\n"
+
+
+def deployed(name: str) -> str:
+    """What examples/deploy.py found, in two tables."""
+    document = json.loads((harness.RESULTS / f"{name}.json").read_text())
+    found, machine = document["outcome"], document["machine"]
+    told = (
+        f"onnxruntime on the exported int8 file against the simulated model, {document['data']}, "
+        f"{document['test_images']} test images; {machine['cpu']}, {machine['threads']} threads, torch "
+        f"{document['versions']['torch']}, commit {document['commit']['hash'][:10]}, {document['date'][:10]}."
+    )
+    facts = [
+        [
+            "accuracy: float, simulated, onnxruntime",
+            " / ".join(f"{found[f'{who}_accuracy']:.2f} %" for who in ("float", "simulated", "onnxruntime")),
+        ],
+        ["same class", f"{found['same_top1_percent']:.2f} %"],
+        ["difference of the scores in steps: mean, largest", f"{found['mean_steps']:.4f}, {found['max_steps']:.2f}"],
+        ["kB: float32, int8", f"{found['float_bytes'] / 1000:.0f}, {found['int8_bytes'] / 1000:.0f}"],
+    ]
+    for one in document["latency"]:
+        times = f"{one['float_ms']:.3f}, {one['int8_ms']:.3f} ({one['times_faster']:.2f}x)"
+        facts.append([f"ms for a batch of {one['batch']}: float32, int8", times])
+    return "\n".join([told, "", *markdown(["", ""], facts)]) + "\n"
+
+
+WRITERS = {"table": table, "accuracy": accuracy, "ptq": calibrated, "deployed": deployed}
 """Who writes what stands behind a marker."""
 
 

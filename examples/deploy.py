@@ -33,8 +33,10 @@ from quantkern.export.verify import compare, session_of
 
 
 def rules(weight_bits: int) -> list[dict[str, object]]:
-    """Weights per channel, inputs of 8 bits.
+    """Weights per channel, inputs of 8 bits; the first convolution stays float.
 
+    It has nine products for each of its outputs and 3 % of the network's in all. onnxruntime's integer kernels take
+    eight times as long for it as its float ones.
     With 7 bits for weights no sum of two products leaves 16 bits, so that onnxruntime may take its fastest kernels on
     x86 CPUs without VNNI too.
     """
@@ -45,7 +47,8 @@ def rules(weight_bits: int) -> list[dict[str, object]]:
             "quant_scheme": {"weight": "per_channel_symmetric", "input": "per_tensor_affine"},
             "quant_dtype": {"weight": "int", "input": "uint"},
             "op_types": ["Conv2d", "Linear"],
-        }
+        },
+        {"op_names": ["features.0"], "exclude": True},
     ]
 
 
@@ -222,7 +225,7 @@ def main(arguments: list[str] | None = None) -> tuple[Outcome, list[Latency]]:
     example = images.train_images[:64]
     print(quantizer.export_onnx(files[0], example))
     export_float(quantizer.folded_model(), example, files[1])
-    int8, floating = (session_of(file, options.threads) for file in files)
+    int8, floating = (session_of(file, options.threads, spinning=False) for file in files)
     outcome = agreement(quantizer, int8, images, float_accuracy, files)
     print(
         f"accuracy: float {outcome.float_accuracy:.2f} %, simulated {outcome.simulated_accuracy:.2f} %, onnxruntime "

@@ -54,18 +54,23 @@ class OutputCheck:
         )
 
 
-def session_of(path: Path | str, threads: int | None = None, exact_products: bool = False) -> Any:
+def session_of(
+    path: Path | str, threads: int | None = None, exact_products: bool = False, spinning: bool = True
+) -> Any:
     """An onnxruntime session on the CPU.
 
     Without VNNI the x86 kernels for unsigned inputs and signed weights saturate sums of two products at 16 bits.
     ``exact_products`` sets ``session.x64quantprecision``, so that onnxruntime takes others. Files of ``export_onnx``
-    need it only where they were written with ``signed_weights=True``.
+    need it only where they were written with ``signed_weights=True``. ``spinning`` False: idle threads sleep, so that
+    sessions that run in turn do not take each other's cores.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     if exact_products:
         options.add_session_config_entry("session.x64quantprecision", "1")
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
