@@ -378,7 +378,8 @@ def deployed(name: str) -> str:
     ]
     for one in document["latency"]:
         times = f"{one['float_ms']:.3f}, {one['int8_ms']:.3f} ({one['times_faster']:.2f}x)"
-        facts.append([f"ms for a batch of {one['batch']}: float32, int8", times])
+        what = f"ms for a batch of {one['batch']} on {one['threads']} thread(s): float32, int8"
+        facts.append([what, times])
     return "\n".join([told, "", *markdown(["", ""], facts)]) + "\n"
 
 
