@@ -130,7 +130,8 @@ class Table:
                 console.print("[bold yellow]Warnings[/]")
                 for line in self._notes():
                     console.print(escape(line), highlight=False)
-        return capture.get().rstrip("\n")
+        text: str = capture.get()  # Any where rich is not installed
+        return text.rstrip("\n")
 
     def render(self) -> str:
         """On a terminal as wide as that, and ``coloured`` where it can be; else ``plain``."""
