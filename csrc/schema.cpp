@@ -31,15 +31,31 @@ TORCH_LIBRARY(quantkern, m) {
       "fake_quantize_weight_forward(Tensor x, Tensor(a!) scale, Tensor(b!) zero_point, int quant_min, int quant_max, "
       "bool symmetric, int? axis, Tensor? step, int start_step, bool with_mask) -> (Tensor, Tensor)");
 
-  // The same with an exponential moving average of the range, which stands still while observing is 0.
+  // The same with an exponential moving average of the range, which stands still while observing is 0. With lower and
+  // upper: of clip_activation(x, lower, upper), in as many passes as without.
   m.def(
       "fake_quantize_activation(Tensor x, Tensor(a!) running_min, Tensor(b!) running_max, Tensor(c!) scale, "
       "Tensor(d!) zero_point, Tensor observing, int quant_min, int quant_max, bool symmetric, float ema_decay, "
-      "int? axis=None, Tensor? step=None, int start_step=0) -> Tensor");
+      "int? axis=None, Tensor? step=None, int start_step=0, float? lower=None, float? upper=None) -> Tensor");
   m.def(
       "fake_quantize_activation_forward(Tensor x, Tensor(a!) running_min, Tensor(b!) running_max, Tensor(c!) scale, "
       "Tensor(d!) zero_point, Tensor observing, int quant_min, int quant_max, bool symmetric, float ema_decay, "
-      "int? axis, Tensor? step, int start_step, bool with_mask) -> (Tensor, Tensor)");
+      "int? axis, Tensor? step, int start_step, bool with_mask, float? lower=None, float? upper=None) -> (Tensor, "
+      "Tensor)");
+
+  // ReLU (0, inf), ReLU6 (0, 6), Hardtanh: x within [lower, upper], with the gradient strictly between them.
+  m.def("clip_activation(Tensor x, float lower, float upper) -> Tensor");
+  m.def("clip_activation_forward(Tensor x, float lower, float upper, bool with_mask) -> (Tensor, Tensor)");
+  // The same over x, which must be dense; returns the mask. Differentiable too: the mask is made where autograd asks.
+  m.def("clip_activation_(Tensor(a!) x, float lower, float upper, bool with_mask=False) -> Tensor");
+
+  // A fake-quantized float32 x as one byte an element and what makes it x again: the scales, the zero points, and a
+  // last number that is 0. Where x does not lie on the grid to the last bit the CPU gives no codes at all, and
+  // elsewhere that number is 1, which makes every decoded value NaN.
+  m.def(
+      "to_codes(Tensor x, Tensor scale, Tensor? zero_point, int quant_min, int quant_max, int? axis) -> (Tensor, "
+      "Tensor)");
+  m.def("from_codes(Tensor codes, Tensor parameters, int quant_min, int? axis) -> Tensor");
 
   // Learned step size. zero_point: learned too where given, else 0.
   m.def(

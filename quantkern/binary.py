@@ -18,6 +18,7 @@ from quantkern import ops, reference
 from quantkern import triton as triton_twins
 from quantkern.backend import Backend, resolve
 from quantkern.reference import words_of
+from quantkern.triton_autograd import run_triton
 
 _OPS = torch.ops.quantkern
 WORD = reference.WORD
@@ -100,26 +101,8 @@ def binarize(x: Tensor, clip_gradient: bool = True, *, backend: Backend = Backen
         return _OPS.binarize.default(x, clip_gradient)  # type: ignore[no-any-return]
     check_real(x, "x")
     if chosen is Backend.TRITON:
-        y: Tensor = _TritonBinarize.apply(x, clip_gradient)  # type: ignore[no-untyped-call]
-        return y
+        return run_triton(triton_twins.binarize_forward, x, needs_mask=clip_gradient)
     return reference.binarize(x, clip_gradient)
-
-
-class _TritonBinarize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, clip_gradient: bool) -> Tensor:
-        y: Tensor
-        y, mask = triton_twins.binarize_forward(x, clip_gradient and x.requires_grad)
-        ctx.clips, ctx.strides = clip_gradient, y.stride()
-        ctx.save_for_backward(mask)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        if not ctx.clips or not grads[0].numel():
-            return grads[0], None
-        return triton_twins.fake_quantize_backward(grads[0], mask, ctx.strides), None
 
 
 def pack_signs(

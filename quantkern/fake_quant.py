@@ -23,6 +23,10 @@ def _numbers(value: Tensor) -> float | list[float]:
     return value.tolist()  # type: ignore[no-any-return]
 
 
+Grid = tuple[Tensor, Tensor | None, int, int, int | None]
+"""Scale, integer zero point (None: 0), quant_min, quant_max and axis."""
+
+
 class FakeQuant(nn.Module):
     """What all of them have in common: the rule, the step counter, the rule's part of a calibration dict."""
 
@@ -46,6 +50,10 @@ class FakeQuant(nn.Module):
     def is_observed(self) -> bool:
         """Whether it knows its scale, or needs none. May wait for the device."""
         return True
+
+    def code_grid(self) -> Grid | None:
+        """The grid of what the last forward returned, where that is a scale times integers."""
+        return None
 
     def follow(self, sibling: FakeQuant) -> None:
         """Take over what all tensors of a layer have in common."""
@@ -172,6 +180,10 @@ class RangedFakeQuant(ScaledFakeQuant):
         """The scale and zero point that this rule gives the ranges [low, high]."""
         return reference.choose_scale(low.float(), high.float(), *self.spec.quant_range, self.spec.symmetric)
 
+    def code_grid(self) -> Grid | None:
+        """See ``FakeQuant.code_grid``."""
+        return self.scale, self.zero_point, *self.spec.quant_range, self.spec.axis
+
     def quantize(self, x: Tensor, axis: int | None) -> Tensor:
         """x on the grid of the scale and zero point stored here."""
         low, high = self.spec.quant_range
@@ -287,6 +299,8 @@ class ActivationFakeQuant(RangedFakeQuant):
     running_min: Tensor
     running_max: Tensor
     observing: Tensor
+    clip: tuple[float, float] | None = None
+    """What the layer has left to the next forward: to clip its output to these bounds first."""
 
     def __init__(self, label: str, spec: TensorSpec, channels: int, device: torch.device) -> None:
         super().__init__(label, spec, channels, device)
@@ -323,10 +337,15 @@ class ActivationFakeQuant(RangedFakeQuant):
         if not self.training:
             return self.quantize(x, axis)
         low, high = spec.quant_range
+        clip, self.__dict__["clip"] = self.clip, None
         return functional.fake_quantize_activation(
             x, self.running_min, self.running_max, self.scale, self.zero_point, self.observing,
-            low, high, spec.symmetric, spec.ema_decay, axis, step=self.step, start_step=spec.start_step,
+            low, high, spec.symmetric, spec.ema_decay, axis, step=self.step, start_step=spec.start_step, clip=clip,
         )  # fmt: skip
+
+    def clips(self) -> bool:
+        """Whether the next forward can clip what it gets: one that takes it into the range can."""
+        return self.training and type(self).forward is ActivationFakeQuant.forward
 
     def has_seen(self) -> bool:
         """Whether any channel has a range."""

@@ -25,6 +25,8 @@ from quantkern.binary import (
     sign_linear,
     unpack_signs,
 )
+from quantkern.clipping import clip_activation
+from quantkern.triton_autograd import run_triton
 
 __all__ = [
     "arrange_signs",
@@ -34,6 +36,7 @@ __all__ = [
     "binary_linear",
     "binary_matmul",
     "binary_matmul_sign",
+    "clip_activation",
     "dorefa_activation",
     "dorefa_gradient",
     "dorefa_weight",
@@ -58,32 +61,6 @@ _LSQ = _OPS.lsq.default
 _DOREFA_WEIGHT = _OPS.dorefa_weight.default
 _DOREFA_ACTIVATION = _OPS.dorefa_activation.default
 _DOREFA_GRADIENT = _OPS.dorefa_gradient.default
-
-
-class _TritonFunction(torch.autograd.Function):
-    """Forward kernels that return (y, mask), with the straight-through backward kernel."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Any, arguments: tuple[Any, ...], needs_mask: bool) -> Tensor:
-        y: Tensor
-        y, mask = kernel(x, *arguments, needs_mask)
-        ctx.save_for_backward(mask)
-        ctx.strides = y.stride()
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (mask,) = ctx.saved_tensors
-        grad = grads[0]
-        if mask.numel() or not grad.numel():
-            grad = triton_twins.fake_quantize_backward(grad, mask, ctx.strides)
-        return grad, None, None, None
-
-
-def _run_triton(kernel: Any, x: Tensor, *arguments: Any, needs_mask: bool = True) -> Tensor:
-    mask = needs_mask and torch.is_grad_enabled() and x.requires_grad
-    y: Tensor = _TritonFunction.apply(x, kernel, arguments, mask)  # type: ignore[no-untyped-call]
-    return y
 
 
 def _as_parameter(value: Tensor | float, x: Tensor, axis: int | None, dtype: torch.dtype, name: str) -> Tensor:
@@ -206,7 +183,7 @@ def fake_quantize(
     _check_scale_on_host(scale)
     if chosen is Backend.TRITON:
         twin = triton_twins.fake_quantize_forward
-        return _run_triton(twin, x, scale, zero_point, quant_min, quant_max, axis, step, start_step)
+        return run_triton(twin, x, scale, zero_point, quant_min, quant_max, axis, step, start_step)
     if step is None:
         return reference.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
     y = reference.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
@@ -270,7 +247,7 @@ def fake_quantize_weight(
         twin = triton_twins.fake_quantize_weight_forward
         needs_mask = not (symmetric and quant_min == -quant_max)
         arguments = (scale, zero_point, quant_min, quant_max, symmetric, axis, step, start_step)
-        return _run_triton(twin, x, *arguments, needs_mask=needs_mask)
+        return run_triton(twin, x, *arguments, needs_mask=needs_mask)
     y, new_scale, new_zero_point = reference.fake_quantize_weight(x, quant_min, quant_max, symmetric, axis)
     _write(scale, new_scale)
     _write(zero_point, new_zero_point)
@@ -292,6 +269,7 @@ def fake_quantize_activation(
     *,
     step: Tensor | None = None,
     start_step: int = 0,
+    clip: tuple[float, float] | None = None,
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
     """Take x into a moving average of its range, then fake-quantize it with the scale of that range.
@@ -311,6 +289,8 @@ def fake_quantize_activation(
         scale, zero_point: float32 and int32 state of the same shape.
         observing: 1-element bool tensor. While it is 0 the state stands still and x is not read for statistics.
         ema_decay: weight of the past, in (0, 1).
+        clip: (lower, upper): everything as of ``clip_activation(x, lower, upper)``, a ReLU for instance, without a pass
+            over x of its own.
         quant_min, quant_max, symmetric, axis, step, start_step, backend: as in ``fake_quantize_weight``.
 
     Returns:
@@ -326,6 +306,7 @@ def fake_quantize_activation(
     >>> round(scale.item(), 4), zero_point.item()
     (0.01, 100)
     """
+    lower, upper = (None, None) if clip is None else clip
     chosen = resolve(x, backend)
     if chosen is Backend.NATIVE:
         return _FAKE_QUANTIZE_ACTIVATION(  # type: ignore[no-any-return]
@@ -342,7 +323,11 @@ def fake_quantize_activation(
             axis,
             step,
             start_step,
+            lower,
+            upper,
         )
+    if clip is not None:
+        x = clip_activation(x, *clip, backend=chosen)
     axis = check_arguments(x, quant_min, quant_max, axis)
     if not 0.0 < ema_decay < 1.0:
         raise ValueError(f"ema_decay must lie in (0, 1), got {ema_decay}")
@@ -352,7 +337,7 @@ def fake_quantize_activation(
     if chosen is Backend.TRITON:
         twin = triton_twins.fake_quantize_activation_forward
         settings = (quant_min, quant_max, symmetric, ema_decay, axis, step, start_step)
-        return _run_triton(twin, x, *state.values(), observing, *settings)
+        return run_triton(twin, x, *state.values(), observing, *settings)
     observed = reference.fake_quantize_activation(
         x, running_min, running_max, scale, zero_point, quant_min, quant_max, symmetric, ema_decay, axis
     )
@@ -548,7 +533,7 @@ def dorefa_activation(x: Tensor, bits: int, *, backend: Backend = Backend.AUTO) 
         return _DOREFA_ACTIVATION(x, bits)  # type: ignore[no-any-return]
     check_bits(x, bits)
     if chosen is Backend.TRITON:
-        return _run_triton(triton_twins.dorefa_activation_forward, x, bits)
+        return run_triton(triton_twins.dorefa_activation_forward, x, bits)
     return reference.dorefa_activation(x, bits)
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkern.attach import Attachment, fake_quants, kind_of, visit_tensors
+from quantkern.attach import Attachment, fake_quants
 from quantkern.config import TensorSpec, is_int, op_type, plan_layers
 from quantkern.fake_quant import FakeQuant
 from quantkern.files import Target
+from quantkern.layer_quantizers import kind_of, visit_tensors
 from quantkern.observed import ObservedActivation, ObservedWeight
 from quantkern.observers import Observer, ObserverSpec
 from quantkern.progress import Progress

@@ -107,6 +107,8 @@ def _fake_quantize_activation(
     step: _MaybeTensor = None,
     start_step: int = 0,
     with_mask: bool = False,
+    lower: float | None = None,
+    upper: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     state = {"running_min": running_min, "running_max": running_max, "scale": scale, "zero_point": zero_point}
     return _shapes_of(x, with_mask, **state, observing=observing, step=step)
@@ -135,6 +137,32 @@ def _backward_in_place(grad: Tensor, mask: Tensor) -> None:
 
 torch.library.register_fake("quantkern::fake_quantize_backward", _backward)
 torch.library.register_fake("quantkern::fake_quantize_backward_", _backward_in_place)
+
+
+def _clip(x: Tensor, lower: float, upper: float, with_mask: bool = False) -> tuple[Tensor, Tensor]:
+    return _shapes_of(x, with_mask)
+
+
+def _clip_in_place(x: Tensor, lower: float, upper: float, with_mask: bool = False) -> Tensor:
+    return _shapes_of(x, with_mask)[1]
+
+
+def _to_codes(
+    x: Tensor, scale: Tensor, zero_point: _MaybeTensor, quant_min: int, quant_max: int, axis: _MaybeAxis
+) -> tuple[Tensor, Tensor]:
+    codes, _ = _shapes_of(x, False, scale=scale, zero_point=zero_point)
+    return torch.empty_like(codes, dtype=torch.uint8), scale.new_empty([2 * scale.numel() + 1])
+
+
+def _from_codes(codes: Tensor, parameters: Tensor, quant_min: int, axis: _MaybeAxis) -> Tensor:
+    check_device(parameters, codes, "parameters")
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+_register("clip_activation", "", _clip)
+torch.library.register_fake("quantkern::clip_activation_", _clip_in_place)
+torch.library.register_fake("quantkern::to_codes", _to_codes)
+torch.library.register_fake("quantkern::from_codes", _from_codes)
 
 
 def _lsq(

@@ -81,6 +81,21 @@ def fake_quantize(
     return straight_through(x, y, in_range)
 
 
+def to_codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, axis: int | None = None
+) -> Tensor:
+    """A fake-quantized x as uint8: the distance of its integers from quant_min."""
+    zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
+    scale, zero = along_axis(scale, x, axis), along_axis(zero_point, x, axis)
+    return ((x * (1 / scale)).round() + zero - quant_min).clamp(0, quant_max - quant_min).to(torch.uint8)
+
+
+def from_codes(codes: Tensor, parameters: Tensor, quant_min: int, axis: int | None = None) -> Tensor:
+    """What ``to_codes`` was given; parameters: every scale, every zero point, and 0."""
+    scale, zero = (along_axis(value, codes, axis) for value in parameters[:-1].view(2, -1).unbind(0))
+    return (codes.float() + quant_min - zero) * scale
+
+
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     """Smallest and largest value per tensor or per channel. NaN is left out; with nothing seen: (+inf, -inf)."""
     rows = x.detach().reshape(1, -1) if axis is None else x.detach().movedim(axis, 0).unsqueeze(-1).flatten(1)
@@ -361,6 +376,13 @@ def words_of(k: int) -> int:
     2
     """
     return -(-k // WORD)
+
+
+def clip_activation(x: Tensor, lower: float, upper: float) -> Tensor:
+    """x within [lower, upper], NaN as it is; the gradient passes where lower < x < upper. ReLU, ReLU6, Hardtanh."""
+    detached = x.detach()
+    y = torch.where(detached < lower, lower, torch.where(detached > upper, upper, detached)).to(x.dtype)
+    return straight_through(x, y, (lower < detached) & (detached < upper))
 
 
 def binarize(x: Tensor, clip_gradient: bool = True) -> Tensor:

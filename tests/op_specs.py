@@ -143,6 +143,7 @@ def _activation(
     seen: bool = False,
     step: int | None = None,
     start: int = 0,
+    clip: tuple[float, float] | None = None,
 ) -> Run:
     def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
         state = activation_state(x, () if axis is None else (channels,), seen=seen)
@@ -151,7 +152,7 @@ def _activation(
         settings = (low, high, symmetric, 0.9, axis)
         ys = [
             F.fake_quantize_activation(
-                x * (1 + k), *state, flag, *settings, step=counter, start_step=start, backend=backend
+                x * (1 + k), *state, flag, *settings, step=counter, start_step=start, clip=clip, backend=backend
             )
             for k in range(batches)
         ]
@@ -320,6 +321,13 @@ FAKE_QUANTIZE_ACTIVATION = OpSpec(
         Sample("delayed", (50,), _activation(0, 255, False, step=0, start=1), edges=False),
         Sample("infinite_batch", (50,), _activation(0, 255, False, seen=True)),
         Sample("infinite_first_batch", (50,), _activation(0, 255, False)),
+        Sample("relu", (4, 5, 6, 7), _activation(0, 255, False, clip=(0.0, math.inf)), edges=False),
+        Sample("relu6", (133,), _activation(0, 15, False, clip=(0.0, 6.0))),
+        Sample("relu_symmetric", (133,), _activation(-127, 127, True, clip=(0.0, math.inf)), edges=False),
+        Sample("relu_channels", (3, 6, 40), _activation(0, 255, False, 1, 6, clip=(0.0, math.inf)), edges=False),
+        Sample("hardtanh_last_axis", (30, 11), _activation(-7, 7, True, 1, 11, clip=(-1.0, 1.0))),
+        Sample("relu_delayed", (50,), _activation(0, 255, False, step=0, start=1, clip=(0.0, math.inf))),
+        Sample("hardtanh_not_observing", (50,), _activation(0, 15, False, observing=False, clip=(-0.5, 0.5))),
     ),
     bad=(
         Bad(
@@ -485,6 +493,34 @@ BINARIZE = OpSpec(
         ),
     ),
     op_calls=lambda: _binarize_op_calls(),
+)
+
+
+def _clip(lower: float, upper: float) -> Run:
+    return lambda x, backend: (F.clip_activation(x, lower, upper, backend=backend),)
+
+
+CLIP_ACTIVATION = OpSpec(
+    name="clip_activation",
+    schemas=("clip_activation", "clip_activation_", "clip_activation_forward"),
+    samples=(
+        Sample("relu", (67,), _clip(0.0, math.inf)),
+        Sample("relu6", (3, 50), _clip(0.0, 6.0)),
+        Sample("hardtanh", (4, 5, 6, 7), _clip(-1.0, 1.0)),
+        Sample("above", (33,), _clip(-math.inf, 0.3)),
+    ),
+    bad=(
+        Bad("integer_tensor", lambda: F.clip_activation(torch.arange(3), 0.0, 1.0), TypeError, "floating-point"),
+        Bad("empty_interval", lambda: F.clip_activation(torch.ones(3), 1.0, 0.0), ValueError, "lower=1.*upper=0"),
+        Bad("nan", lambda: F.clip_activation(torch.ones(3), math.nan, 0.0), ValueError, "lower=nan"),
+        Bad(
+            "empty_interval_reference",
+            lambda: F.clip_activation(torch.ones(3), 1.0, 0.0, backend=Backend.REFERENCE),
+            ValueError,
+            "lower=1.0, upper=0.0",
+        ),
+    ),
+    op_calls=lambda: _clip_op_calls(),
 )
 
 
@@ -763,6 +799,7 @@ SPECS = (
     DOREFA_WEIGHT,
     DOREFA_ACTIVATION,
     DOREFA_GRADIENT,
+    CLIP_ACTIVATION,
     BINARIZE,
     PACK_SIGNS,
     BINARY_MATMUL,
@@ -843,6 +880,12 @@ def _dorefa_gradient_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield _OPS.dorefa_gradient.default, (torch.randn(4, 6), 4, torch.tensor(9))
 
 
+def _clip_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    x = torch.randn(4, 6, requires_grad=True)
+    yield _OPS.clip_activation.default, (x, 0.0, math.inf)
+    yield _OPS.clip_activation_forward.default, (x.detach(), -1.0, 1.0, True)
+
+
 def _binarize_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     x = torch.randn(4, 6, requires_grad=True)
     for clip in (False, True):
@@ -900,12 +943,20 @@ def _range_arguments() -> tuple[Any, ...]:
     return torch.arange(16).double().repeat(2, 1), edges, edges[:, 0].clone(), edges[:, -1].clone(), 0, 7, False
 
 
-ON_THE_CPU_ONLY: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
+WITHOUT_TWIN: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "observe_histogram": lambda: [
         (torch.randn(4, 5), None, *_histogram_state(1)),
         (torch.randn(4, 5), 1, *_histogram_state(5)),
     ],
     "histogram_range": lambda: [_range_arguments()],
+    "to_codes": lambda: [
+        (torch.arange(-4.0, 8.0).view(3, 4) * 0.5, torch.tensor(0.5), None, -8, 7, None),
+        (torch.arange(-4.0, 8.0).view(3, 4) * 0.5, torch.full((4,), 0.5), _int32(0, 1, 0, 2), -8, 9, 1),
+    ],
+    "from_codes": lambda: [
+        (torch.arange(12, dtype=torch.uint8).view(3, 4), torch.tensor([0.5, 1.0, 0.0]), -8, None),
+        (torch.arange(12, dtype=torch.uint8).view(3, 4), torch.tensor([0.5] * 4 + [1.0] * 4 + [0.0]), -8, 1),
+    ],
 }
-"""Operations of one device, with arguments for opcheck: elsewhere quantkern.observers takes operations of torch, and
-tests/test_observers.py compares both."""
+"""Operations that only compiled kernels have, with arguments for opcheck. Without them quantkern.observers takes
+operations of torch (tests/test_observers.py compares both), and quantkern.lean_backward changes nothing."""

@@ -58,13 +58,15 @@ at::Tensor fake_quantize_weight(const at::Tensor& x, at::Tensor& scale, at::Tens
 at::Tensor fake_quantize_activation(const at::Tensor& x, at::Tensor& running_min, at::Tensor& running_max,
                                     at::Tensor& scale, at::Tensor& zero_point, const at::Tensor& observing,
                                     int64_t quant_min, int64_t quant_max, bool symmetric, double ema_decay,
-                                    MaybeAxis axis, const MaybeTensor& step, int64_t start_step) {
+                                    MaybeAxis axis, const MaybeTensor& step, int64_t start_step,
+                                    std::optional<double> lower, std::optional<double> upper) {
   static const auto op = operator_named<TensorPair(
       const at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, at::Tensor&, const at::Tensor&, int64_t, int64_t, bool,
-      double, MaybeAxis, const MaybeTensor&, int64_t, bool)>("quantkern::fake_quantize_activation_forward", "");
+      double, MaybeAxis, const MaybeTensor&, int64_t, bool, std::optional<double>, std::optional<double>)>(
+      "quantkern::fake_quantize_activation_forward", "");
   at::Tensor y = straight_through(x, [&](bool with_mask) {
     return op.call(x, running_min, running_max, scale, zero_point, observing, quant_min, quant_max, symmetric,
-                   ema_decay, axis, step, start_step, with_mask);
+                   ema_decay, axis, step, start_step, with_mask, lower, upper);
   });
   mark_written({running_min, running_max, scale, zero_point});
   return y;

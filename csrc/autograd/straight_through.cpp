@@ -2,6 +2,7 @@
 
 #include "node.h"
 #include "own_gradient.h"
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
@@ -45,6 +46,19 @@ struct StraightThroughBackward : public torch::autograd::Node {
   bool every_gradient_passes = false;
 };
 
+// Leads to what comes before x; y is what comes after.
+auto new_node(const at::Tensor& x, const at::Tensor& y, const at::Tensor& mask) {
+  auto node = make_node<StraightThroughBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(x));
+  node->every_gradient_passes = mask.sym_numel() == 0 && x.sym_numel() != 0;
+  if (!node->every_gradient_passes) {
+    node->mask = torch::autograd::SavedVariable(mask, /*is_output=*/false);
+    const auto strides = y.sym_strides();
+    node->strides.assign(strides.begin(), strides.end());
+  }
+  return node;
+}
+
 // The gradient of fake_quantize_backward itself: it is linear in grad, with the same mask.
 at::Tensor fake_quantize_backward_autograd(const at::Tensor& grad, const at::Tensor& mask,
                                            c10::SymIntArrayRef strides) {
@@ -56,15 +70,17 @@ at::Tensor fake_quantize_backward_autograd(const at::Tensor& grad, const at::Ten
 bool needs_gradient(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
 
 void attach_straight_through(const at::Tensor& x, const at::Tensor& y, const at::Tensor& mask) {
-  auto node = make_node<StraightThroughBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(x));
-  node->every_gradient_passes = mask.sym_numel() == 0 && x.sym_numel() != 0;
-  if (!node->every_gradient_passes) {
-    node->mask = torch::autograd::SavedVariable(mask, /*is_output=*/false);
-    const auto strides = y.sym_strides();
-    node->strides.assign(strides.begin(), strides.end());
-  }
-  torch::autograd::set_history(y, node);
+  torch::autograd::set_history(y, new_node(x, y, mask));
+}
+
+void check_in_place(const at::Tensor& x) { torch::autograd::check_inplace(x, needs_gradient(x)); }
+
+void attach_in_place(at::Tensor& x, const at::Tensor& mask) {
+  // The way back is read off x before its version moves: a view would then ask its base for another one.
+  NodePtr node;
+  if (needs_gradient(x)) node = new_node(x, x, mask);
+  if (!x.is_inference()) torch::autograd::impl::bump_version(x);
+  if (node) torch::autograd::rebase_history(x, node);
 }
 
 }  // namespace quantkern

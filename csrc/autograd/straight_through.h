@@ -24,6 +24,25 @@ at::Tensor straight_through(const at::Tensor& x, const Forward& forward);
 // The part that does not depend on the forward.
 void attach_straight_through(const at::Tensor& x, const at::Tensor& y, const at::Tensor& mask);
 
+// The same for an x that forward(with_mask) -> mask writes over: the backward goes between x and its history.
+template <class Forward>
+at::Tensor straight_through_in_place(at::Tensor& x, const Forward& forward);
+
+void check_in_place(const at::Tensor& x);
+void attach_in_place(at::Tensor& x, const at::Tensor& mask);
+
+template <class Forward>
+at::Tensor straight_through_in_place(at::Tensor& x, const Forward& forward) {
+  check_in_place(x);
+  at::Tensor mask;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    mask = forward(needs_gradient(x));
+  }
+  attach_in_place(x, mask);
+  return mask;
+}
+
 template <class Forward>
 at::Tensor straight_through(const at::Tensor& x, const Forward& forward) {
   const bool with_mask = needs_gradient(x);

@@ -5,9 +5,11 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <limits>
 #include <optional>
 
 #include "../numerics/affine.h"
+#include "../numerics/ranges.h"
 #include "dtype.h"
 
 namespace quantkern {
@@ -67,6 +69,33 @@ inline void check_step(const std::optional<at::Tensor>& step, const at::Tensor& 
   if (!step.has_value()) return;
   check_dtype(*step, at::kLong, "step");
   check_parameter(*step, x, std::nullopt, "step");
+}
+
+inline void check_bounds(double lower, double upper) {
+  TORCH_CHECK_VALUE(lower < upper, "lower must be less than upper, got lower=", lower, ", upper=", upper);
+}
+
+// What x is clipped to before anything else, in x's precision; wanted where the caller gave a bound.
+struct Clip {
+  double lower = -std::numeric_limits<double>::infinity(), upper = std::numeric_limits<double>::infinity();
+  bool wanted = false;
+};
+inline Clip check_clip(std::optional<double> lower, std::optional<double> upper, at::ScalarType dtype) {
+  Clip clip;
+  if (!lower.has_value() && !upper.has_value()) return clip;
+  clip = {lower.value_or(clip.lower), upper.value_or(clip.upper), true};
+  check_bounds(clip.lower, clip.upper);
+  for (double* bound : {&clip.lower, &clip.upper}) {
+    if (dtype == at::kHalf) *bound = static_cast<float>(c10::Half(static_cast<float>(*bound)));
+    if (dtype == at::kBFloat16) *bound = static_cast<float>(c10::BFloat16(static_cast<float>(*bound)));
+    if (dtype == at::kFloat) *bound = static_cast<float>(*bound);
+  }
+  return clip;
+}
+inline Range clip_range(const Range& range, const Clip& clip) {
+  const float lower = static_cast<float>(clip.lower), upper = static_cast<float>(clip.upper);
+  if (!clip.wanted || !is_seen(range)) return range;
+  return {clip_lane(range.min, lower, upper), clip_lane(range.max, lower, upper)};
 }
 
 inline void check_ema_decay(double ema_decay) {

@@ -45,6 +45,13 @@ class PreparedParams {
     }
   }
 
+  // Clip x before it is quantized.
+  void clip(double lower, double upper) {
+    view_.lower = lower;
+    view_.upper = upper;
+    view_.clips = true;
+  }
+
   // Call once every channel is set, before reading view().
   void finish() {
     for (int64_t i = period_; i < size_; ++i)

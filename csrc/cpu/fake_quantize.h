@@ -21,6 +21,9 @@ float zero_point_at(const at::Tensor& zero_point, int64_t channel);
 void run_fake_quantize(const at::Tensor& in, const at::Tensor& out, const at::Tensor& mask,
                        const ChannelParams& params);
 
+// out = in within [lower, upper], both dense with the same strides; in may be out. An empty mask is not written.
+void run_clip(const at::Tensor& in, const at::Tensor& out, const at::Tensor& mask, double lower, double upper);
+
 // out = in, and every gradient passes.
 void run_identity(const at::Tensor& in, const at::Tensor& out, const at::Tensor& mask);
 

@@ -33,7 +33,8 @@ TensorPair fake_quantize_activation_cpu(const at::Tensor& x, at::Tensor& running
                                         at::Tensor& scale, at::Tensor& zero_point, const at::Tensor& observing,
                                         int64_t quant_min, int64_t quant_max, bool symmetric, double ema_decay,
                                         std::optional<int64_t> axis, const std::optional<at::Tensor>& step,
-                                        int64_t start_step, bool with_mask) {
+                                        int64_t start_step, bool with_mask, std::optional<double> lower,
+                                        std::optional<double> upper) {
   check_input(x);
   check_quant_range(quant_min, quant_max);
   axis = check_axis(x, axis);
@@ -44,6 +45,7 @@ TensorPair fake_quantize_activation_cpu(const at::Tensor& x, at::Tensor& running
   check_state(observing, x, std::nullopt, at::kBool, "observing");
   check_ema_decay(ema_decay);
   check_step(step, x);
+  const Clip clip = check_clip(lower, upper, x.scalar_type());
   auto [in, out] = dense_in_out(x);
   at::Tensor mask = new_mask(x, with_mask);
   if (x.numel() == 0) return {out, mask};
@@ -58,7 +60,7 @@ TensorPair fake_quantize_activation_cpu(const at::Tensor& x, at::Tensor& running
                               ema_factors(ema_decay)};
   if (*observing.const_data_ptr<bool>()) {
     const std::vector<Range> ranges = channel_ranges(in, layout);
-    for (int64_t c = 0; c < layout.channels; ++c) state.observe(ranges[c], c);
+    for (int64_t c = 0; c < layout.channels; ++c) state.observe(clip_range(ranges[c], clip), c);
   }
   PreparedParams params(layout, quant_min, quant_max);
   bool active = !is_delayed(step, start_step);
@@ -67,8 +69,11 @@ TensorPair fake_quantize_activation_cpu(const at::Tensor& x, at::Tensor& running
     params.set(c, reciprocal_scale(state.scale[c]), state.scale[c], static_cast<float>(state.zero_point[c]));
   }
   params.finish();
+  if (clip.wanted) params.clip(clip.lower, clip.upper);
   if (active)
     run_fake_quantize(in, out, mask, params.view());
+  else if (clip.wanted)
+    run_clip(in, out, mask, clip.lower, clip.upper);
   else
     run_identity(in, out, mask);
   return {out, mask};

@@ -21,6 +21,9 @@ struct ChannelParams {
   const float *inverse, *scale, *zero_point;
   int64_t channels, inner;
   float quant_min, quant_max;
+  // x is first clipped to these where `clips`, and the mask is 0 at and beyond them.
+  double lower = 0, upper = 0;
+  bool clips = false;
 };
 
 // streamed: write past the caches. Everything written must then lie at the start of an allocation, as out tensors do.
@@ -28,6 +31,9 @@ struct FakeQuantizeLoops {
   // y = fake_quantize(x) on [begin, end); mask may be null.
   void (*quantize)(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
                    const ChannelParams& params, bool streamed);
+  // y = x within [lower, upper] on [begin, end), mask bits strictly between; mask may be null, y may be x.
+  void (*clip)(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end, double lower,
+               double upper, bool streamed);
   // out = grad where the mask bit is 1, else 0, on [begin, end); elements of 2, 4 or 8 bytes.
   void (*select)(int64_t element_size, const void* grad, const uint8_t* mask, void* out, int64_t begin, int64_t end,
                  bool streamed);

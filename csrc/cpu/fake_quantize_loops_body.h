@@ -6,152 +6,189 @@
 //   numerics  float32 lanes (float64 for float64); groups that cross a channel's end take their parameters lane
 //             by lane, so every element is computed by the same expression wherever it lies
 
+#include "channel_lanes.h"
+
+// What a pass does besides quantizing, known when it is compiled.
+struct Pass {
+  bool masks, streams, clips;
+};
+constexpr Pass in_cache(Pass pass) { return {pass.masks, false, pass.clips}; }
+
+// The numbers that are the same in every lane and every channel.
 template <class V>
-QK_LANE Affine<V> load_params(const float* inverse, const float* scale, const float* zero_point) {
-  Affine<V> p;
-  load(inverse, p.inverse);
-  load(scale, p.scale);
-  load(zero_point, p.zero_point);
-  return p;
-}
+struct Limits {
+  V quant_min, quant_max, lower, upper;
+};
 
 template <class V>
-QK_LANE Affine<V> params_of(const ChannelParams& p, int64_t channel) {
-  return {V::all(p.inverse[channel]), V::all(p.scale[channel]), V::all(p.zero_point[channel])};
+QK_LANE Limits<V> limits_of(const ChannelParams& p) {
+  using Lane = typename LaneType<V>::type;
+  return {V::all(p.quant_min), V::all(p.quant_max), V::all(static_cast<Lane>(p.lower)),
+          V::all(static_cast<Lane>(p.upper))};
 }
 
 // One whole group of lanes; returns its mask bits.
-template <bool kMask, bool kStream, class T, class V>
-QK_LANE uint32_t quantize_lanes(const T* x, T* y, const Affine<V>& p, V low, V high) {
+template <Pass kPass, class T, class V>
+QK_LANE uint32_t quantize_lanes(const T* x, T* y, const Affine<V>& p, const Limits<V>& l) {
   V value, rounded, clamped;
   load(x, value);
-  store<kStream>(y, fake_quantize_lane(value, p, low, high, rounded, clamped));
-  return kMask ? equal_bits(rounded, clamped) : 0;
+  uint32_t inside = ~0u;
+  if (kPass.clips) {
+    inside = less_bits(l.lower, value) & less_bits(value, l.upper);
+    value = clip_lane(value, l.lower, l.upper);
+  }
+  store<kPass.streams>(y, fake_quantize_lane(value, p, l.quant_min, l.quant_max, rounded, clamped));
+  return kPass.masks ? equal_bits(rounded, clamped) & inside : 0;
 }
 
-template <bool kMask, bool kStream, class T, class V>
-QK_LANE void quantize_group(const T* x, T* y, uint8_t* mask, const Affine<V>& p, V low, V high) {
-  const uint32_t bits = quantize_lanes<kMask, kStream>(x, y, p, low, high);
-  if (!kMask) return;
+template <Pass kPass, class T, class V>
+QK_LANE void quantize_group(const T* x, T* y, uint8_t* mask, const Affine<V>& p, const Limits<V>& l) {
+  const uint32_t bits = quantize_lanes<kPass>(x, y, p, l);
+  if (!kPass.masks) return;
   mask[0] = static_cast<uint8_t>(bits);
   if (V::width == 16) mask[1] = static_cast<uint8_t>(bits >> 8);
 }
 
 // Several groups whose mask bits are stored as one word: a third faster than byte by byte.
 constexpr int64_t kBlock = 32;
-template <bool kMask, bool kStream, class T, class V>
-QK_LANE void quantize_block(const T* x, T* y, uint8_t* mask, const Affine<V>& p, V low, V high) {
+template <Pass kPass, class T, class V>
+QK_LANE void quantize_block(const T* x, T* y, uint8_t* mask, const Affine<V>& p, const Limits<V>& l) {
   uint32_t bits = 0;
-  for (int64_t k = 0; k < kBlock; k += V::width)
-    bits |= quantize_lanes<kMask, kStream>(x + k, y + k, p, low, high) << k;
-  if (kMask) std::memcpy(mask, &bits, sizeof bits);
+  for (int64_t k = 0; k < kBlock; k += V::width) bits |= quantize_lanes<kPass>(x + k, y + k, p, l) << k;
+  if (kPass.masks) std::memcpy(mask, &bits, sizeof bits);
 }
 
 // The first `count` lanes of a group, through buffers: the end of the tensor.
-template <bool kMask, class T, class V>
-QK_LANE void quantize_partial(const T* x, T* y, uint8_t* mask, int64_t count, const Affine<V>& p, V low, V high) {
+template <Pass kPass, class T, class V>
+QK_LANE void quantize_partial(const T* x, T* y, uint8_t* mask, int64_t count, const Affine<V>& p, const Limits<V>& l) {
   T in[V::width] = {}, out[V::width];
   uint8_t bits[2] = {0, 0};
   std::memcpy(in, x, count * sizeof(T));
-  quantize_group<kMask, false>(in, out, bits, p, low, high);
+  quantize_group<in_cache(kPass)>(in, out, bits, p, l);
   std::memcpy(y, out, count * sizeof(T));
-  if (!kMask) return;
+  if (!kPass.masks) return;
   const uint32_t kept = (bits[0] | static_cast<uint32_t>(bits[1]) << 8) & ((1u << count) - 1u);
   mask[0] = static_cast<uint8_t>(kept);
   if (count > 8) mask[1] = static_cast<uint8_t>(kept >> 8);
 }
 
-template <bool kMask, class T, class V>
-QK_LANE void quantize_some(const T* x, T* y, uint8_t* mask, int64_t i, int64_t end, const Affine<V>& p, V low, V high) {
-  uint8_t* bits = kMask ? mask + i / 8 : nullptr;
+template <Pass kPass, class T, class V>
+QK_LANE void quantize_some(const T* x, T* y, uint8_t* mask, int64_t i, int64_t end, const Affine<V>& p,
+                           const Limits<V>& l) {
+  uint8_t* bits = kPass.masks ? mask + i / 8 : nullptr;
   if (end - i >= V::width)
-    quantize_group<kMask, false>(x + i, y + i, bits, p, low, high);
+    quantize_group<in_cache(kPass)>(x + i, y + i, bits, p, l);
   else
-    quantize_partial<kMask>(x + i, y + i, bits, end - i, p, low, high);
+    quantize_partial<kPass>(x + i, y + i, bits, end - i, p, l);
 }
 
 // Element by element parameters, which repeat every `channels` elements.
-template <bool kMask, bool kStream, class T>
+template <Pass kPass, class T>
 static void quantize_columns(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
   using V = typename VecOf<T>::type;
-  const V low = V::all(p.quant_min), high = V::all(p.quant_max);
+  const Limits<V> limits = limits_of<V>(p);
   const int64_t advance = V::width % p.channels;
   int64_t c = begin % p.channels;
   for (int64_t i = begin; i < end; i += V::width) {
     const auto params = load_params<V>(p.inverse + c, p.scale + c, p.zero_point + c);
     if (end - i >= V::width)
-      quantize_group<kMask, kStream>(x + i, y + i, kMask ? mask + i / 8 : nullptr, params, low, high);
+      quantize_group<kPass>(x + i, y + i, kPass.masks ? mask + i / 8 : nullptr, params, limits);
     else
-      quantize_partial<kMask>(x + i, y + i, kMask ? mask + i / 8 : nullptr, end - i, params, low, high);
+      quantize_partial<kPass>(x + i, y + i, kPass.masks ? mask + i / 8 : nullptr, end - i, params, limits);
     c += advance;
     if (c >= p.channels) c -= p.channels;
   }
 }
 
-// A group that crosses the end of a row.
-template <class V>
-QK_LANE Affine<V> gather_params(const ChannelParams& p, int64_t i) {
-  float inverse[V::width], scale[V::width], zero_point[V::width];
-  for (int64_t lane = 0; lane < V::width; ++lane) {
-    const int64_t c = (i + lane) / p.inner % p.channels;
-    inverse[lane] = p.inverse[c];
-    scale[lane] = p.scale[c];
-    zero_point[lane] = p.zero_point[c];
-  }
-  return load_params<V>(inverse, scale, zero_point);
-}
-
-template <bool kMask, bool kStream, class T>
+template <Pass kPass, class T>
 static void quantize_rows(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
   using V = typename VecOf<T>::type;
-  const V low = V::all(p.quant_min), high = V::all(p.quant_max);
+  const Limits<V> limits = limits_of<V>(p);
   for (int64_t i = begin; i < end;) {
     const int64_t row = p.channels == 1 ? 0 : i / p.inner;
     const int64_t stop = p.channels == 1 || (row + 1) * p.inner > end ? end : (row + 1) * p.inner;
     const auto params = params_of<V>(p, p.channels == 1 ? 0 : row % p.channels);
     for (; i + kBlock <= stop; i += kBlock)
-      quantize_block<kMask, kStream>(x + i, y + i, kMask ? mask + i / 8 : nullptr, params, low, high);
+      quantize_block<kPass>(x + i, y + i, kPass.masks ? mask + i / 8 : nullptr, params, limits);
     for (; i + V::width <= stop; i += V::width)
-      quantize_group<kMask, kStream>(x + i, y + i, kMask ? mask + i / 8 : nullptr, params, low, high);
+      quantize_group<kPass>(x + i, y + i, kPass.masks ? mask + i / 8 : nullptr, params, limits);
     if (i == stop) continue;
-    quantize_some<kMask>(x, y, mask, i, end, stop == end ? params : gather_params<V>(p, i), low, high);
+    quantize_some<kPass>(x, y, mask, i, end, stop == end ? params : gather_params<V>(p, i), limits);
     i += V::width;
   }
 }
 
-template <bool kMask, bool kStream, class T>
+template <Pass kPass, class T>
 static void quantize_typed(const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
   if (p.channels > 1 && p.inner == 1)
-    quantize_columns<kMask, kStream>(static_cast<const T*>(x), static_cast<T*>(y), mask, begin, end, p);
+    quantize_columns<kPass>(static_cast<const T*>(x), static_cast<T*>(y), mask, begin, end, p);
   else
-    quantize_rows<kMask, kStream>(static_cast<const T*>(x), static_cast<T*>(y), mask, begin, end, p);
+    quantize_rows<kPass>(static_cast<const T*>(x), static_cast<T*>(y), mask, begin, end, p);
 }
 
-template <bool kMask, bool kStream>
+template <Pass kPass>
 static void quantize_any(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
                          const ChannelParams& p) {
   switch (dtype) {
     case DType::kFloat:
-      return quantize_typed<kMask, kStream, float>(x, y, mask, begin, end, p);
+      return quantize_typed<kPass, float>(x, y, mask, begin, end, p);
     case DType::kHalf:
-      return quantize_typed<kMask, kStream, Half>(x, y, mask, begin, end, p);
+      return quantize_typed<kPass, Half>(x, y, mask, begin, end, p);
     case DType::kBFloat16:
-      return quantize_typed<kMask, kStream, BFloat16>(x, y, mask, begin, end, p);
+      return quantize_typed<kPass, BFloat16>(x, y, mask, begin, end, p);
     case DType::kDouble:
-      return quantize_typed<kMask, kStream, double>(x, y, mask, begin, end, p);
+      return quantize_typed<kPass, double>(x, y, mask, begin, end, p);
   }
 }
 
 static void quantize(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
                      const ChannelParams& p, bool streamed) {
-  if (mask) {
-    streamed ? quantize_any<true, true>(dtype, x, y, mask, begin, end, p)
-             : quantize_any<true, false>(dtype, x, y, mask, begin, end, p);
-  } else {
-    streamed ? quantize_any<false, true>(dtype, x, y, mask, begin, end, p)
-             : quantize_any<false, false>(dtype, x, y, mask, begin, end, p);
-  }
+  constexpr auto passes = std::array{
+      quantize_any<Pass{false, false, false}>, quantize_any<Pass{false, false, true}>,
+      quantize_any<Pass{false, true, false}>,  quantize_any<Pass{false, true, true}>,
+      quantize_any<Pass{true, false, false}>,  quantize_any<Pass{true, false, true}>,
+      quantize_any<Pass{true, true, false}>,   quantize_any<Pass{true, true, true}>,
+  };
+  passes[4 * (mask != nullptr) + 2 * streamed + p.clips](dtype, x, y, mask, begin, end, p);
   if (streamed) stream_fence();
+}
+
+template <bool kStream, class T>
+static void clip_typed(const void* x_data, void* y_data, uint8_t* mask, int64_t begin, int64_t end, double lower,
+                       double upper) {
+  using V = typename VecOf<T>::type;
+  const T* x = static_cast<const T*>(x_data);
+  T* y = static_cast<T*>(y_data);
+  using Lane = typename LaneType<V>::type;
+  const V low = V::all(static_cast<Lane>(lower)), high = V::all(static_cast<Lane>(upper));
+  V value;
+  for (int64_t i = begin; i < end; i += V::width) {
+    const int64_t count = end - i < V::width ? end - i : V::width;
+    const bool whole = count == V::width;
+    whole ? load(x + i, value) : load_some(x + i, count, value);
+    const V clipped = clip_lane(value, low, high);
+    whole ? store<kStream>(y + i, clipped) : store_some(y + i, count, clipped);
+    if (!mask) continue;
+    const uint32_t inside = less_bits(low, value) & less_bits(value, high) & ((1u << count) - 1u);
+    mask[i / 8] = static_cast<uint8_t>(inside);
+    if (count > 8) mask[i / 8 + 1] = static_cast<uint8_t>(inside >> 8);
+  }
+  if (kStream) stream_fence();
+}
+
+static void clip(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end, double lower,
+                 double upper, bool streamed) {
+  switch (dtype) {
+    case DType::kFloat:
+      return (streamed ? clip_typed<true, float> : clip_typed<false, float>)(x, y, mask, begin, end, lower, upper);
+    case DType::kHalf:
+      return (streamed ? clip_typed<true, Half> : clip_typed<false, Half>)(x, y, mask, begin, end, lower, upper);
+    case DType::kBFloat16:
+      return (streamed ? clip_typed<true, BFloat16> : clip_typed<false, BFloat16>)(x, y, mask, begin, end, lower,
+                                                                                   upper);
+    case DType::kDouble:
+      return clip_typed<false, double>(x, y, mask, begin, end, lower, upper);
+  }
 }
 
 template <bool kStream, class E>
@@ -289,4 +326,4 @@ static void column_ranges(DType dtype, const void* x, int64_t begin, int64_t end
   }
 }
 
-static const FakeQuantizeLoops fake_quantize_loops{quantize, select, select_in_place, range, column_ranges};
+static const FakeQuantizeLoops fake_quantize_loops{quantize, clip, select, select_in_place, range, column_ranges};

@@ -1,6 +1,7 @@
 // Compiles the loops in the file QK_LOOPS once per instruction set, each in a namespace of its own:
 // quantkern::cpu::{baseline,avx2,avx512}. No compiler flag of the library changes, so nothing outside these
 // namespaces can end up using instructions the processor lacks.
+#include <array>
 #include <cstdint>
 #include <cstring>
 #if defined(__x86_64__)
@@ -17,6 +18,7 @@
 #endif
 
 #define QK_LANE static inline __attribute__((always_inline))
+#define QK_INLINE __attribute__((always_inline))
 
 namespace quantkern::cpu::baseline {
 #include "vec_generic.h"
@@ -59,3 +61,4 @@ using FloatVec = Vec16;
 #endif
 
 #undef QK_LANE
+#undef QK_INLINE

@@ -27,6 +27,17 @@ QK_LANE Vec8 multiply_as_float(Vec8 a, Vec8 b) { return a * b; }
 QK_LANE uint32_t equal_bits(Vec8 a, Vec8 b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)));
 }
+QK_LANE uint32_t less_bits(Vec8 a, Vec8 b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)));
+}
+QK_LANE void load(const uint8_t* p, Vec8& r) {
+  r.v = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+QK_LANE void store_bytes(uint8_t* p, Vec8 a) {
+  const __m256i whole = _mm256_cvtps_epi32(a.v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
 
 QK_LANE void load(const float* p, Vec8& r) { r.v = _mm256_loadu_ps(p); }
 QK_LANE void load(const Half* p, Vec8& r) {

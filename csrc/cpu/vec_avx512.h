@@ -26,6 +26,13 @@ QK_LANE Vec16 max_lane(Vec16 a, Vec16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 QK_LANE Vec16 round_even(Vec16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 QK_LANE Vec16 multiply_as_float(Vec16 a, Vec16 b) { return a * b; }
 QK_LANE uint32_t equal_bits(Vec16 a, Vec16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+QK_LANE uint32_t less_bits(Vec16 a, Vec16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+QK_LANE void load(const uint8_t* p, Vec16& r) {
+  r.v = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+QK_LANE void store_bytes(uint8_t* p, Vec16 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
 
 QK_LANE void load(const float* p, Vec16& r) { r.v = _mm512_loadu_ps(p); }
 QK_LANE void load(const Half* p, Vec16& r) {

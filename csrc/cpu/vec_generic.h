@@ -87,6 +87,13 @@ QK_LANE uint32_t equal_bits(Lanes<C> a, Lanes<C> b) {
   for (int i = 0; i < 8; ++i) bits |= static_cast<uint32_t>(a.v[i] == b.v[i]) << i;
   return bits;
 }
+// Bit i is set where lane i of a is less than lane i of b.
+template <class C>
+QK_LANE uint32_t less_bits(Lanes<C> a, Lanes<C> b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 8; ++i) bits |= static_cast<uint32_t>(a.v[i] < b.v[i]) << i;
+  return bits;
+}
 
 template <class C>
 QK_LANE void load(const float* p, Lanes<C>& r) {
@@ -100,6 +107,14 @@ QK_LANE void load(const Half* p, Lanes<float>& r) {
 }
 QK_LANE void load(const BFloat16* p, Lanes<float>& r) {
   for (int i = 0; i < 8; ++i) r.v[i] = to_float(p[i]);
+}
+QK_LANE void load(const uint8_t* p, Lanes<float>& r) {
+  for (int i = 0; i < 8; ++i) r.v[i] = static_cast<float>(p[i]);
+}
+// Whole numbers from 0 to 255; some byte for every other.
+QK_LANE void store_bytes(uint8_t* p, Lanes<float> a) {
+  for (int i = 0; i < 8; ++i)
+    p[i] = a.v[i] >= 0.0f && a.v[i] <= 255.0f ? static_cast<uint8_t>(static_cast<int>(a.v[i])) : 0;
 }
 // kStream: past the caches, where the target can; p is then aligned to the size of the group.
 template <bool kStream = false, class T, class C>

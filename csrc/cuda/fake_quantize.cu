@@ -50,7 +50,7 @@ __device__ __forceinline__ unsigned quantize_across_rows(Group<T>& group, int64_
 template <class T, Granularity kGranularity>
 __global__ void __launch_bounds__(kBlock)
     fake_quantize_kernel(const T* x, T* y, uint8_t* mask, ChannelView view, Parameters parameters, Gate gate,
-                         float quant_min, float quant_max, bool x_vectorizable) {
+                         float quant_min, float quant_max, ClipBounds clip, bool x_vectorizable) {
   const bool open = is_open(gate);
   const int64_t numel = view.numel(), stride = static_cast<int64_t>(gridDim.x) * kBlock;
   Affine<float> affine = {};
@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kBlock)
        index += stride) {
     const int64_t begin = index * kGroup;
     Group<T> group = load_group(x, begin, numel, x_vectorizable);
+    const unsigned inside = clip.wanted ? clip_in_place(group, clip.lower, clip.upper) : 0xffu;
     unsigned bits = 0xffu;
     if (open) {
       if (kGranularity == Granularity::kElements) {
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kBlock)
       }
     }
     store_group(y, begin, numel, true, group);
-    if (mask != nullptr) mask[index] = static_cast<uint8_t>(bits & element_bits(begin, numel));
+    if (mask != nullptr) mask[index] = static_cast<uint8_t>(bits & inside & element_bits(begin, numel));
   }
 }
 
@@ -96,7 +97,7 @@ cudaError_t launch_forward(const FakeQuantizeArguments& a, cudaStream_t stream) 
   const int64_t numel = a.view.numel();
   return launch_over_groups(fake_quantize_kernel<T, kGranularity>, numel, stream, static_cast<const T*>(a.x),
                             static_cast<T*>(a.y), a.mask, a.view, a.parameters, a.gate, static_cast<float>(a.quant_min),
-                            static_cast<float>(a.quant_max), is_vectorizable(a.x, 1, numel));
+                            static_cast<float>(a.quant_max), a.clip, is_vectorizable(a.x, 1, numel));
 }
 
 }  // namespace

@@ -14,6 +14,12 @@ struct Parameters {
   float scale_number = 1.0f, zero_point_number = 0.0f;
 };
 
+// x is first clipped to [lower, upper] where `wanted`, and the mask is 0 at and beyond them.
+struct ClipBounds {
+  float lower = 0.0f, upper = 0.0f;
+  bool wanted = false;
+};
+
 struct FakeQuantizeArguments {
   DType dtype;
   const void* x;
@@ -23,6 +29,7 @@ struct FakeQuantizeArguments {
   Parameters parameters;
   Gate gate;
   int quant_min, quant_max;
+  ClipBounds clip = {};
 };
 
 cudaError_t launch_fake_quantize(const FakeQuantizeArguments& arguments, cudaStream_t stream);

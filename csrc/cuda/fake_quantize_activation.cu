@@ -2,7 +2,7 @@
 // tensor.
 //
 //   running = running * decay + batch * (1 - decay) -> scale, zero_point (numerics/ranges.h) -> y as in
-//   fake_quantize.cu; y is x while the step has not come or a channel has seen no value
+//   fake_quantize.cu, all of it of x within the bounds of clip where they are wanted; y is that x while the step has not come or a channel has seen no value
 //
 // Layout: x, y and the mask in the order x lies in memory, [outer, channels, inner]; the state [channels].
 // Grid: ranges.cu, then one warp a channel for the state, then fake_quantize.cu. The state kernel raises a flag in the
@@ -14,6 +14,7 @@
 #include "fake_quantize_activation.cuh"
 
 #include "fake_quantize.cuh"
+#include "quantize_group.cuh"
 #include "ranges.cuh"
 
 namespace quantkern::cuda {
@@ -28,10 +29,14 @@ struct State {
   int quant_min, quant_max;
   bool symmetric;
   EmaFactors factors;
+  ClipBounds clip;
 };
 
 // Takes one batch into the state of a channel; returns whether the channel has seen a value by now.
-__device__ __forceinline__ bool observe(const Range& batch, int64_t channel, const State& s) {
+__device__ __forceinline__ bool observe(Range batch, int64_t channel, const State& s) {
+  if (s.clip.wanted && is_seen(batch)) {
+    batch = {clip_lane(batch.min, s.clip.lower, s.clip.upper), clip_lane(batch.max, s.clip.lower, s.clip.upper)};
+  }
   const Range running = update_running({s.running_min[channel], s.running_max[channel]}, batch, s.factors);
   s.running_min[channel] = running.min;
   s.running_max[channel] = running.max;
@@ -75,13 +80,14 @@ cudaError_t launch_fake_quantize_activation(const ActivationArguments& a, void* 
   error = launch_ranges(a.dtype, a.x, plan, partials, a.observing, blocked, stream);
   if (error != cudaSuccess) return error;
   const State state = {a.running_min, a.running_max, a.scale,     a.zero_point,
-                       a.quant_min,   a.quant_max,   a.symmetric, ema_factors(a.ema_decay)};
+                       a.quant_min,   a.quant_max,   a.symmetric, ema_factors(a.ema_decay), a.clip};
   error = launch(update_state_kernel, ceil_div(a.view.channels, kBlock / kWarp), kBlock, stream, plan, partials, state,
                  a.observing, blocked);
   if (error != cudaSuccess) return error;
   const Parameters parameters = {a.scale, a.zero_point, false, 0.0f, 0.0f};
   const Gate gate = {a.gate.step, a.gate.start_step, blocked};
-  return launch_fake_quantize({a.dtype, a.x, a.y, a.mask, a.view, parameters, gate, a.quant_min, a.quant_max}, stream);
+  return launch_fake_quantize({a.dtype, a.x, a.y, a.mask, a.view, parameters, gate, a.quant_min, a.quant_max, a.clip},
+                              stream);
 }
 
 }  // namespace quantkern::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../numerics/dtype.h"
+#include "fake_quantize.cuh"
 #include "launch.cuh"
 
 namespace quantkern::cuda {
@@ -19,6 +20,7 @@ struct ActivationArguments {
   int quant_min, quant_max;
   bool symmetric;
   double ema_decay;
+  ClipBounds clip;
   Gate gate;  // its `blocked` is set by the launcher
 };
 

@@ -12,7 +12,8 @@ TensorPair fake_quantize_activation_cuda(const at::Tensor& x, at::Tensor& runnin
                                          at::Tensor& scale, at::Tensor& zero_point, const at::Tensor& observing,
                                          int64_t quant_min, int64_t quant_max, bool symmetric, double ema_decay,
                                          std::optional<int64_t> axis, const std::optional<at::Tensor>& step,
-                                         int64_t start_step, bool with_mask) {
+                                         int64_t start_step, bool with_mask, std::optional<double> lower,
+                                         std::optional<double> upper) {
   check_cuda_input(x);
   check_quant_range(quant_min, quant_max);
   axis = check_axis(x, axis);
@@ -23,6 +24,7 @@ TensorPair fake_quantize_activation_cuda(const at::Tensor& x, at::Tensor& runnin
   check_state(observing, x, std::nullopt, at::kBool, "observing");
   check_ema_decay(ema_decay);
   check_step(step, x);
+  const Clip clip = check_clip(lower, upper, x.scalar_type());
   const c10::cuda::CUDAGuard guard(x.device());
   auto [in, out] = dense_in_out(x);
   at::Tensor mask = new_mask(x, with_mask);
@@ -41,6 +43,7 @@ TensorPair fake_quantize_activation_cuda(const at::Tensor& x, at::Tensor& runnin
                                          static_cast<int>(quant_max),
                                          symmetric,
                                          ema_decay,
+                                         {static_cast<float>(clip.lower), static_cast<float>(clip.upper), clip.wanted},
                                          gate_of(step, start_step)};
   int64_t bytes = 0;
   C10_CUDA_CHECK(activation_workspace_bytes(arguments, bytes));

@@ -36,6 +36,9 @@ inline Gate gate_of(const std::optional<at::Tensor>& step, int64_t start_step) {
   return gate;
 }
 
+// Whether kernels may write x 16 bytes at a time; fresh tensors always are.
+inline bool is_aligned(const at::Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
+
 inline uint8_t* mask_pointer(const at::Tensor& mask) {
   return mask.numel() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
 }

@@ -44,4 +44,17 @@ __device__ __forceinline__ unsigned quantize_in_place(Group<T>& group, const Aff
   return bits;
 }
 
+// Clips a group; returns the bits of what lies strictly between the bounds.
+template <class T>
+__device__ __forceinline__ unsigned clip_in_place(Group<T>& group, float lower, float upper) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+    const float value = to_float(group.lane[j]);
+    bits |= (lower < value && value < upper ? 1u : 0u) << j;
+    group.lane[j] = from_float<T>(clip_lane(value, lower, upper));
+  }
+  return bits;
+}
+
 }  // namespace quantkern::cuda

@@ -15,3 +15,19 @@ QK_HOST_DEVICE V fake_quantize_lane(V x, const Affine<V>& p, V quant_min, V quan
   clamped = min_lane(quant_max, max_lane(quant_min, rounded));
   return multiply_as_float(clamped - p.zero_point, p.scale);
 }
+
+// x within [lower, upper]; NaN stays NaN.
+template <class V>
+QK_HOST_DEVICE V clip_lane(V x, V lower, V upper) {
+  return min_lane(upper, max_lane(lower, x));
+}
+
+// The distance from quant_min of what fake_quantize_lane gave, and back: the same product of the same numbers.
+template <class V>
+QK_HOST_DEVICE V code_lane(V y, const Affine<V>& p, V quant_min) {
+  return (round_even(y * p.inverse) + p.zero_point) - quant_min;
+}
+template <class V>
+QK_HOST_DEVICE V decode_lane(V code, const Affine<V>& p, V quant_min) {
+  return multiply_as_float((code + quant_min) - p.zero_point, p.scale);
+}

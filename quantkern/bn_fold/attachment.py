@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from quantkern.attach import Arguments, Attachment, Kinds, Sizes, change_class, count_step, quantize_outputs
+from quantkern.attach import Attachment, change_class, count_step
 from quantkern.bn_fold.layers import FOLDED_NORMS, FOLDED_WEIGHTS, Folding
 from quantkern.bn_fold.pairs import float_class
 from quantkern.config import LayerPlan
+from quantkern.layer_quantizers import Arguments, Kinds, Sizes, quantize_outputs
 
 
 def quantize_folded_outputs(norm: nn.Module, args: Arguments, output: object) -> object:

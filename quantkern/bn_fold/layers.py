@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from quantkern.fake_quant import FakeQuant, WeightFakeQuant
+from quantkern.fake_quant import FakeQuant, Grid, WeightFakeQuant
 from quantkern.learned import LearnedWeight
 from quantkern.observed import ObservedWeight
 
@@ -66,6 +66,10 @@ class Folding(FakeQuant):
         if freeze_step is not None and self.step is None:
             device = norm.running_mean.device if norm.running_mean is not None else None
             self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
+
+    def code_grid(self) -> Grid | None:
+        """None: the layer gets the folded weight, whose grid is the factor's as well."""
+        return None
 
     def uses_batch_statistics(self) -> bool:
         """Whether the batch norm normalizes with its batch, and follows it. Known to the host."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkern.config import TensorSpec, is_int
-from quantkern.fake_quant import ScaledFakeQuant
+from quantkern.fake_quant import Grid, ScaledFakeQuant
 from quantkern.learned.initial_scale import initial_scale
 from quantkern.reference import SMALLEST_SCALE
 
@@ -56,6 +56,11 @@ class LearnedState(ScaledFakeQuant):
     def has_seen(self) -> bool:
         """As ``is_observed``."""
         return self.ready or self.is_observed()
+
+    def code_grid(self) -> Grid | None:
+        """See ``FakeQuant.code_grid``; a learned zero point is no integer."""
+        known = self.ready and self.zero_point is None
+        return (self.scale.detach(), None, *self.spec.quant_range, self.spec.axis) if known else None
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """The scale, its floor at least, and the zero point, which lies on the grid."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from quantkern.attach import Attachment, DummyInput, Kinds, OptimizerStepCounter, Sizes, run_dummy
+from quantkern.attach import Attachment, DummyInput, OptimizerStepCounter, run_dummy
 from quantkern.config import Form, LayerPlan, plan_layers
 from quantkern.export.biases import round_biases
 from quantkern.export.lowering import Options
@@ -21,6 +21,8 @@ from quantkern.export.tracing import sample_input
 from quantkern.export.verify import MAX_MEAN_STEPS
 from quantkern.fake_quant import ActivationFakeQuant, WeightFakeQuant
 from quantkern.files import Target, publish, stage, target_of
+from quantkern.layer_quantizers import Kinds, Sizes
+from quantkern.lean_backward import LeanActivations
 from quantkern.report import MAX_SATURATION, MIN_SQNR, Report, make_report
 from quantkern.settings import did_you_mean
 
@@ -65,6 +67,7 @@ class Quantizer(nn.Module):
         plans = self.refine_plans(model, plans)
         self._attachments = [self._prepare(plan, sizes, device, optimizer is None) for plan in plans]
         delayed = [attachment.layer for attachment in self._attachments if attachment.delayed]
+        self._lean = LeanActivations(model)
         self._attach()
         self._hooks: list[RemovableHandle] = []
         if optimizer is not None and delayed:
@@ -105,6 +108,12 @@ class Quantizer(nn.Module):
             for attachment in reversed(done):
                 attachment.detach()
             raise
+        self._lean.attach()
+
+    def _detach(self) -> None:
+        self._lean.detach()
+        for attachment in self._attachments:
+            attachment.detach()
 
     def _require_attached(self, method: str) -> None:
         if self._exported:
@@ -167,8 +176,7 @@ class Quantizer(nn.Module):
         with ExitStack() as stack:
             folders = {name: stage(stack, name, target) for name, target in targets.items()}
             staged = {name: folder / targets[name].name for name, folder in folders.items()}
-            for attachment in self._attachments:
-                attachment.detach()
+            self._detach()
             try:
                 torch.save(self.bound_model.state_dict(), staged["model_path"])
                 if calibration_path is not None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 from torch.optim import Optimizer
 
-from quantkern.attach import DummyInput, Kinds
+from quantkern.attach import DummyInput
 from quantkern.binarized import (
     BinaryActivation,
     BinaryWeight,
@@ -20,6 +20,7 @@ from quantkern.binarized import (
     trace,
 )
 from quantkern.config import Form, LayerPlan
+from quantkern.layer_quantizers import Kinds
 from quantkern.nn.conversion import convert
 from quantkern.quantizers.base import ConfigList, Quantizer, require_parameters_of
 from quantkern.settings import QUANT_TYPES

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import Optimizer
 
-from quantkern.attach import DummyInput, Kinds
+from quantkern.attach import DummyInput
 from quantkern.config import Extra, Form, is_int
+from quantkern.layer_quantizers import Kinds
 from quantkern.learned import DorefaActivation, DorefaGradient, DorefaSpec, DorefaWeight
 from quantkern.quantizers.base import ConfigList, Quantizer, require_parameters_of
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from quantkern.attach import Attachment, DummyInput, Sizes
+from quantkern.attach import Attachment, DummyInput
 from quantkern.binarized import CannotTrace
 from quantkern.bn_fold import FOLDED_LAYERS, FoldedAttachment, find_pairs, float_class, fold_model
 from quantkern.config import LayerPlan, is_int
+from quantkern.layer_quantizers import Sizes
 from quantkern.quantizers.base import Quantizer
 
 

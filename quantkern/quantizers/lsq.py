@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quantkern.attach import DummyInput, Kinds
+from quantkern.attach import DummyInput
 from quantkern.config import Extra, Form, TensorSpec
+from quantkern.layer_quantizers import Kinds
 from quantkern.learned import LearnedActivation, LearnedState, LearnedWeight, LsqSpec
 from quantkern.quantizers.base import ConfigList, require_parameters_of
 from quantkern.quantizers.folding import FoldingQuantizer

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quantkern.attach import DummyInput, Kinds, fake_quants
+from quantkern.attach import DummyInput, fake_quants
 from quantkern.config import Extra, Form, TensorSpec
 from quantkern.export.onnx_file import OnnxExport
 from quantkern.files import Target
+from quantkern.layer_quantizers import Kinds
 from quantkern.observed import Grid, ObservedActivation, ObservedWeight
 from quantkern.observers import OBSERVERS, Observer, ObserverSpec
 from quantkern.progress import Progress

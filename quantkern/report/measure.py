@@ -15,10 +15,10 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import is_lazy
 
 from quantkern import reference
-from quantkern.attach import LayerQuantizers
 from quantkern.binarized import BinaryActivation, BinaryWeight
 from quantkern.bn_fold.layers import Folding
 from quantkern.fake_quant import FakeQuant
+from quantkern.layer_quantizers import LayerQuantizers
 from quantkern.learned import DorefaActivation, DorefaWeight
 from quantkern.observed import ObservedActivation
 from quantkern.observers import HistogramObserver, Observer, ObserverSpec

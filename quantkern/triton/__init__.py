@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from quantkern.triton.binarize import binarize_forward
     from quantkern.triton.binary_conv2d import binary_conv2d_forward, binary_conv2d_sign_forward
     from quantkern.triton.binary_matmul import binary_matmul_forward, binary_matmul_sign_forward
+    from quantkern.triton.clip_activation import clip_activation_forward
     from quantkern.triton.dorefa_activation import dorefa_activation_forward
     from quantkern.triton.dorefa_gradient import quantize_gradient
     from quantkern.triton.dorefa_weight import dorefa_weight_backward, dorefa_weight_forward
@@ -50,6 +51,7 @@ __all__ = [
     "binary_conv2d_sign_forward",
     "binary_matmul_forward",
     "binary_matmul_sign_forward",
+    "clip_activation_forward",
     "dorefa_activation_forward",
     "quantize_gradient",
     "dorefa_weight_backward",
@@ -79,6 +81,7 @@ HOMES = {
     "dorefa_activation_forward": "dorefa_activation",
     "quantize_gradient": "dorefa_gradient",
     "binarize_forward": "binarize",
+    "clip_activation_forward": "clip_activation",
     "pack_signs_forward": "pack_signs",
     "unpack_signs_forward": "pack_signs",
     "binary_matmul_forward": "binary_matmul",
