@@ -27,10 +27,16 @@ Grid = tuple[Tensor, Tensor | None, int, int, int | None]
 """Scale, integer zero point (None: 0), quant_min, quant_max and axis."""
 
 
+def is_recorded(tensor: Tensor) -> bool:
+    """Whether this runs only to become part of a CUDA graph: replays run on the device alone, without the host."""
+    return not torch.compiler.is_compiling() and tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class FakeQuant(nn.Module):
     """What all of them have in common: the rule, the step counter, the rule's part of a calibration dict."""
 
     step: Tensor | None
+    steps_done = 0
 
     def __init__(self, label: str, spec: TensorSpec, device: torch.device) -> None:
         super().__init__()
@@ -59,9 +65,30 @@ class FakeQuant(nn.Module):
         """Take over what all tensors of a layer have in common."""
         if self.step is not None and sibling.step is not None:
             self.step.copy_(sibling.step)
+            self.steps_done = sibling.steps_done
+            self.counted()
 
     def stepped(self) -> None:
-        """Called after a step was counted."""
+        """Count on the host what was counted on the device, for what the host must decide without waiting.
+
+        Not in compiled forwards, which would be compiled again for every number, nor in a CUDA graph.
+        """
+        if not (torch.compiler.is_compiling() or (self.step is not None and is_recorded(self.step))):
+            self.count()
+
+    def count(self) -> None:
+        """One step more on the host."""
+        self.steps_done += 1
+        self.counted()
+
+    def read_steps(self) -> None:
+        """Learn from the device how many steps are done; waits for it."""
+        if self.step is not None and not self.step.is_meta:
+            self.steps_done = int(self.step)
+            self.counted()
+
+    def counted(self) -> None:
+        """Called when ``steps_done`` has changed."""
 
     def settings(self, name: str) -> dict[str, Any]:
         """The part of a calibration dict that a rule decides."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -121,9 +122,54 @@ def test_missing_compiler_is_said(tmp_path: Path) -> None:
     assert outcomes[1].stdout == "skipped: no nvcc\n"
 
 
-def test_gpu_check_wants_a_folder() -> None:
-    script = ROOT / "scripts" / "gpu_check.sh"
-    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
-    run = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
-    assert run.returncode == 2
-    assert "usage:" in run.stderr
+GPU_CHECK = ROOT / "scripts" / "gpu_check.sh"
+
+
+@pytest.mark.parametrize("arguments", [[], ["out", "test"], ["out", "bench", "more"]], ids=str)
+def test_gpu_check_wants_a_folder_and_a_stage(arguments: list[str], tmp_path: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(GPU_CHECK)], check=False).returncode == 0
+    run = subprocess.run(["bash", GPU_CHECK, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 2 and not [*tmp_path.iterdir()]
+    assert "usage:" in run.stderr and "[build] [tests] [sanitize] [bench]" in run.stderr
+
+
+STAGES = {
+    "build tests": ["build", "device", "operations", "suite"],
+    "sanitize": ["build", "memcheck", "racecheck"],
+    "bench": ["build", "train_step", "bnn", "lsq", "fakequant"],
+}
+
+
+def run_gpu_check(tmp_path: Path, stages: str, fails: str) -> list[tuple[str, str]]:
+    """What the summary says of every part, with commands that only say how they were called; one of them fails."""
+    folder, out = tmp_path / "bin", tmp_path / "out"
+    folder.mkdir()
+    for name in ("python3", "nvcc", "nvidia-smi", "compute-sanitizer"):
+        (folder / name).write_text(f'#!/bin/sh\necho "$0 $*"\ncase "$*" in *--ignore*) ;; *{fails}*) exit 7 ;; esac\n')
+        (folder / name).chmod(0o755)
+    path = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    command = ["bash", GPU_CHECK, out, *stages.split()]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=path)
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "setup.py build_py build_ext --inplace" in (out / "build.log").read_text()
+    summary = out / f"summary-{stages.replace(' ', '-') or 'build-tests-sanitize-bench'}.txt"
+    parts = {part for own in STAGES.values() for part in own}
+    lines = [line.split(maxsplit=3) for line in summary.read_text().splitlines()]
+    return [(line[0], line[3]) for line in lines if line[0] in parts]
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_gpu_check_goes_on_after_a_part_that_failed(stages: str, tmp_path: Path) -> None:
+    """The second part of the stage fails."""
+    parts = STAGES[stages]
+    fails = {"device": "test_triton", "train_step": "train_step", "memcheck": "memcheck"}[parts[1]]
+    verdicts = ["ok", "FAILED: exit status 7", *["ok"] * (len(parts) - 2)]
+    assert run_gpu_check(tmp_path, stages, fails) == [*zip(parts, verdicts, strict=True)]
+    files = len([*(tmp_path / "out").iterdir()])
+    assert files + (4 if stages == "bench" else 0) <= 8  # the benchmarks write four files of their own
+
+
+def test_gpu_check_runs_all_stages_after_one_build(tmp_path: Path) -> None:
+    assert [name for name, _ in run_gpu_check(tmp_path, "", "train_step")] == [
+        *STAGES["build tests"], *STAGES["sanitize"][1:], *STAGES["bench"][1:],
+    ]  # fmt: skip

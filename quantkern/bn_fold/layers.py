@@ -75,22 +75,15 @@ class Folding(FakeQuant):
         """Whether the batch norm normalizes with its batch, and follows it. Known to the host."""
         return self.norm.training and not self.keeps_statistics
 
-    def stepped(self) -> None:
-        """Count on the host what was counted on the device."""
-        if self.freeze_step is not None and not torch.compiler.is_compiling():
-            self.steps_done += 1
-            self.keeps_statistics = self.steps_done >= self.freeze_step
-
-    def read_steps(self) -> None:
-        """Learn from the device how many steps are done; waits for it."""
-        if self.freeze_step is not None and self.step is not None and not self.step.is_meta:
-            self.steps_done = int(self.step)
-            self.keeps_statistics = self.steps_done >= self.freeze_step
+    def counted(self) -> None:
+        """Whether the statistics stay from now on."""
+        super().counted()
+        self.keeps_statistics = self.freeze_step is not None and self.steps_done >= self.freeze_step
 
     def train(self, mode: bool = True) -> Any:
         """Switch between training and evaluation; compiled forwards have counted on the device alone."""
         super().train(mode)
-        if not self.keeps_statistics:
+        if self.freeze_step is not None and not self.keeps_statistics:
             self.read_steps()
         return self
 

@@ -2,7 +2,7 @@
 
 A scale starts on the tensor that is really quantized, at the first training forward after the rule's
 quant_start_step, and never again: ``initialized`` is saved with it. The flags ``ready`` and ``started`` mirror on the
-host what the device knows, so that no later step waits for it.
+host what the device knows, so that no other step waits for it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from quantkern import functional
+from quantkern.fake_quant import is_recorded
 from quantkern.learned.initial_scale import initial_scale
 from quantkern.learned.state import LearnedState, LsqSpec
 
@@ -42,16 +43,16 @@ class LearnedFakeQuant(LearnedState):
         """Switch between training and evaluation."""
         super().train(mode)
         self.warned = self.warned and mode
-        if not (mode or self.started or (self.step is not None and self.step.is_meta)):
-            self.start()
+        if not self.started:  # compiled forwards have counted on the device alone
+            self.read_steps()
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x on its grid."""
-        if not self.started:
-            traced = not self.training and torch.compiler.is_compiling()  # then nothing can ask the device
-            if traced or not self.start():
-                return x
+        if not (self.started and self.ready):
+            self.refuse_graph(x)
+        if not self.started and not self.start():
+            return x
         axis = self.match_axis(x)
         if not self.ready and not self.prepare(x, axis):
             return x
@@ -72,15 +73,28 @@ class LearnedFakeQuant(LearnedState):
         return self.scale, self.zero_point
 
     def start(self) -> bool:
-        """Whether quant_start_step is reached; as long as it is not, this waits for the device."""
-        self.started = self.step is None or int(self.step) >= self.spec.start_step
+        """Whether a replica finds quant_start_step reached: the host's count does not outlive it, the device's does."""
+        if getattr(self, "_is_replica", False):
+            self.read_steps()
         return self.started
+
+    def refuse_graph(self, x: Tensor) -> None:
+        """An error where a CUDA graph records x: its replays would leave it float for ever."""
+        if self.training and is_recorded(x):
+            raise RuntimeError(
+                f"{self.label}: a scale starts from its first tensor, outside of a CUDA graph: run one training step "
+                "before the capture, with a quant_start_step also the step that reaches it"
+            )
 
     def prepare(self, x: Tensor, axis: int | None) -> bool:
         """Initialise the scale in training, warn in evaluation; whether there is a scale now."""
         if self.training:
             if torch.compiler.is_compiling():
-                raise RuntimeError("a scale starts from its first tensor: run one training step before compiling")
+                raise RuntimeError(
+                    f"{self.label}: a scale starts from its first tensor, outside of a graph: run one training step "
+                    "before compiling, with a quant_start_step also the step that reaches it, or compile without "
+                    "fullgraph=True"
+                )
             self.ready = self.initialize(x, axis)
         elif not self.warned and not torch.compiler.is_compiling():
             self.warned = True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkern.config import TensorSpec, is_int
-from quantkern.fake_quant import Grid, ScaledFakeQuant
+from quantkern.fake_quant import Grid, ScaledFakeQuant, is_recorded
 from quantkern.learned.initial_scale import initial_scale
 from quantkern.reference import SMALLEST_SCALE
 
@@ -48,6 +48,23 @@ class LearnedState(ScaledFakeQuant):
         self.register_buffer("floor", torch.zeros(shape, device=device))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
         self.ready, self.started = False, not spec.start_step
+
+    def counted(self) -> None:
+        """Whether quant_start_step is reached."""
+        super().counted()
+        self.started = self.steps_done >= self.spec.start_step
+
+    def stepped(self) -> None:
+        """Count on the host too, which has to know when the scale starts; a break in the graph lets it."""
+        if self.started or (self.step is not None and is_recorded(self.step)):
+            super().stepped()
+        elif torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{self.label}: a compiled forward cannot say when quant_start_step is reached: give the quantizer the "
+                "optimizer, which then counts, or compile after that step, or without fullgraph=True"
+            )
+        else:  # not super(), which without fullgraph=True is a compiled function again
+            self.count()
 
     def is_observed(self) -> bool:
         """Whether the scale has been initialised or loaded. Waits for the device."""
@@ -87,7 +104,8 @@ class LearnedState(ScaledFakeQuant):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.ready, self.started = self.is_observed(), not self.spec.start_step
+        self.ready = self.is_observed()
+        self.read_steps()
 
     def check_state(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """What in a state_dict contradicts the shapes and the rule here."""

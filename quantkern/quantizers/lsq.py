@@ -102,7 +102,8 @@ class LsqQuantizer(FoldingQuantizer):
     Source: Esser et al., "Learned Step Size Quantization", 2020; the learned offset after Bhalgat et al., "LSQ+",
     2020. Weights are quantized to -2^(b-1) .. 2^(b-1)-1, inputs and outputs to that or to 0 .. 2^b-1. A scale starts
     on the tensor that is really quantized, in the first training forward, and never again. It never gets smaller
-    than 1/1000 of where it started: a training forward sets it back to that.
+    than 1/1000 of where it started: a training forward sets it back to that. The step in which scales start has
+    to run on the model itself before ``torch.compile(model, fullgraph=True)`` or a CUDA graph quantizes.
 
     Args:
         model: its layers are quantized in place.
