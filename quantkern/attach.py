@@ -31,6 +31,8 @@ from quantkern.layer_quantizers import (
     visit_tensors,
 )
 from quantkern.lean_backward import keep_codes, keeps_codes
+from quantkern.learned.leaf_scale import is_product, scale_through_product
+from quantkern.learned.lsq import LearnedActivation
 
 DummyInput = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 
@@ -109,6 +111,8 @@ class Attachment:
             layer.add_module(CHILD_NAME, self.tensors)
         if "input" in self.kinds:
             self.handles.append(layer.register_forward_pre_hook(quantize_inputs, with_kwargs=True))
+        if "input" in self.kinds and self._learns_input_scale():
+            self.handles.append(layer.register_forward_hook(scale_through_product))
         if keeps_codes(layer) and (
             self.weight is not None or "input" in self.kinds
         ):  # before those that change the output
@@ -116,6 +120,11 @@ class Attachment:
         if "gradient" in self.kinds:  # before the output: its gradient is quantized last, as it enters the layer
             self.handles.append(layer.register_forward_hook(quantize_gradients))
         self.attach_to_outputs()
+
+    def _learns_input_scale(self) -> bool:
+        """Whether ``leaf_scale`` can serve this layer."""
+        own = self.tensors._modules.get("input") if self.tensors is not None else None
+        return isinstance(own, LearnedActivation) and is_product(self.layer)
 
     def attach_to_outputs(self) -> None:
         """Put on what comes after the layer's forward."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantkern.config import CHILD_NAME, TensorSpec
 from quantkern.fake_quant import FakeQuant
+from quantkern.learned.leaf_scale import quantize_leaf
 
 Visit = Callable[[str, Tensor], Tensor]
 Kinds = Mapping[str, type[Any]]
@@ -166,7 +167,11 @@ def quantize_inputs(layer: nn.Module, args: Arguments, kwargs: Keywords) -> tupl
     """Forward pre-hook."""
     own: LayerQuantizers = getattr(layer, CHILD_NAME)
     if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # the common call, without the detours
-        return (own.quantize("input", args[0]) if args[0].is_floating_point() else args[0],), kwargs
+        (x,) = args
+        if not x.is_floating_point():
+            return args, kwargs
+        later = None if x.requires_grad else quantize_leaf(layer, own._modules.get("input"), x, quantize_inputs)
+        return (own.quantize("input", x) if later is None else later,), kwargs
     return visit_arguments(own.arguments, args, kwargs, own.quantize)
 
 

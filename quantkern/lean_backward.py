@@ -21,6 +21,7 @@ from quantkern.backend import has_native
 from quantkern.config import CHILD_NAME
 from quantkern.fake_quant import ActivationFakeQuant, FakeQuant, Grid
 from quantkern.layer_quantizers import quantize_outputs
+from quantkern.learned.leaf_scale import NODE as SCALE_NODE
 
 _OPS = torch.ops.quantkern
 
@@ -148,7 +149,7 @@ def keep_codes(layer: nn.Module, args: tuple[Any, ...], output: object) -> None:
     if not has_native(output.device.type) or output.dtype is not torch.float32:
         return
     node: Any = output.grad_fn
-    while "View" in node.name() and node.next_functions:  # of a linear layer with more than two dimensions
+    while (node.name() == SCALE_NODE or "View" in node.name()) and node.next_functions:
         node = node.next_functions[0][0]
     checked = output.is_cpu  # there, what does not lie on the grid is noticed and kept as it is
     if not checked and type(layer).forward not in _FORWARDS and _plain_class(layer).forward not in _FORWARDS:

@@ -249,13 +249,15 @@ def activation(
     symmetric: bool,
     observing: bool,
     step: Tensor | None = None,
+    clip: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     y, mask = Output(x.numel(), x.dtype), Output((x.numel() + 7) // 8, torch.uint8)
+    bounds = map(ctypes.c_float, clip or (0.0, 0.0))
     flag = torch.tensor([observing])
     error = kernels.fake_quantize_activation(
         DTYPES[x.dtype], pointer(x), pointer(y.tensor), pointer(mask.tensor), ints(*x.shape), *map(pointer, state),
         pointer(flag), -128, 127, int(symmetric), ctypes.c_double(0.9), pointer(step),
-        ctypes.c_int64(7),
+        ctypes.c_int64(7), *bounds, int(clip is not None),
     )  # fmt: skip
     assert error == 0
     return y.checked().view(x.shape), unpack(mask.checked(), x.numel()).view(x.shape)
@@ -307,3 +309,73 @@ def test_activation_waits_for_every_channel(kernels: ctypes.CDLL) -> None:
 def test_float64_has_no_kernel(kernels: ctypes.CDLL) -> None:
     x = torch.zeros(8, dtype=torch.float64)
     assert kernels.fake_quantize_backward(3, pointer(x), pointer(x), pointer(x), ctypes.c_int64(8)) != 0
+
+
+@pytest.mark.parametrize("bounds", [(0.0, torch.inf), (0.0, 6.0), (-0.5, 0.75)], ids=str)
+@pytest.mark.parametrize(("dtype", "offset"), INPUTS, ids=str)
+@pytest.mark.parametrize("n", [1, 8, 37, 5003])
+def test_clip_activation(
+    kernels: ctypes.CDLL, n: int, dtype: torch.dtype, offset: int, bounds: tuple[float, float]
+) -> None:
+    x = make_input((1, 1, n), dtype, offset)
+    y, mask = Output(n, dtype), Output((n + 7) // 8, torch.uint8)
+    arguments = (ctypes.c_int64(n), *map(ctypes.c_float, bounds))
+    assert kernels.clip_activation(DTYPES[dtype], pointer(x), pointer(y.tensor), pointer(mask.tensor), *arguments) == 0
+    same(y.checked(), reference.clip_activation(x, *bounds).flatten())
+    assert torch.equal(unpack(mask.checked(), n), ((bounds[0] < x) & (x < bounds[1])).flatten())
+    if offset == 0:
+        assert kernels.clip_activation(DTYPES[dtype], pointer(x), pointer(x), None, *arguments) == 0
+        same(x.flatten(), y.tensor)
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+@pytest.mark.parametrize(("dtype", "offset"), INPUTS, ids=str)
+def test_activation_of_what_is_clipped(
+    kernels: ctypes.CDLL, view: tuple[int, int, int], dtype: torch.dtype, offset: int
+) -> None:
+    """The same as clipping first: state, values and mask, before the start too."""
+    state, expected, clip = fresh_state(view[1]), fresh_state(view[1]), (0.0, 1.5)
+    for step in (6, 7, 8):
+        x = make_input(view, dtype, offset)
+        clipped = reference.clip_activation(x, *clip)
+        inside = (clip[0] < x) & (x < clip[1])
+        y, passes = activation(kernels, x, state, False, True, torch.tensor([step]), clip)
+        wanted, *after = reference.fake_quantize_activation(
+            clipped, *expected, -128, 127, False, 0.9, axis_of(x), quantizing=step >= 7
+        )
+        expected = tuple(after)
+        same(y, wanted)
+        for actual, value in zip(state, expected, strict=True):
+            same(actual, value)
+        seen = bool((state[0] <= state[1]).all()) and step >= 7
+        rounded = reference.quantize(clipped, state[2], state[3], -128, 127, axis_of(x))[1]
+        assert torch.equal(passes, inside & rounded if seen else inside)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_codes(kernels: ctypes.CDLL, view: tuple[int, int, int], offset: int) -> None:
+    """A byte an element and back to the last bit; one that does not lie on the grid spoils everything, as NaN does."""
+    scale, zero_point = torch.linspace(0.01, 0.2, view[1]), torch.arange(view[1], dtype=torch.int32) % 100
+    x = make_input(view, torch.float32, offset, special=False)
+    grid = reference.quantize(x, scale, zero_point, -100, 155, axis_of(x))[0]
+    x.copy_(grid)
+    n, limits = x.numel(), (-100, 155)
+    for spoiled in (False, True):
+        if spoiled:
+            x.view(-1)[n // 2] = torch.nan if offset else 1.2345
+        codes, parameters = Output(n, torch.uint8), Output(2 * view[1] + 1, torch.float32)
+        error = kernels.to_codes(
+            pointer(x), pointer(codes.tensor), pointer(parameters.tensor), ints(*view), pointer(scale),
+            pointer(zero_point), *limits,
+        )  # fmt: skip
+        assert error == 0
+        back = Output(n, torch.float32)
+        arguments = (pointer(codes.checked()), pointer(parameters.checked()), pointer(back.tensor), ints(*view), -100)
+        assert kernels.from_codes(*arguments) == 0
+        if spoiled:
+            assert bool(back.checked().isnan().all())
+        else:
+            same(back.checked().view(view), grid)
+            expected = reference.to_codes(grid, scale, zero_point, *limits, axis_of(x))
+            assert torch.equal(codes.tensor.view(view), expected)

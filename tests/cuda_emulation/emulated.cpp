@@ -8,6 +8,8 @@
 #include "../../csrc/cuda/binarize.cu"
 #include "../../csrc/cuda/binary_conv2d.cu"
 #include "../../csrc/cuda/binary_matmul.cu"
+#include "../../csrc/cuda/clip_activation.cu"
+#include "../../csrc/cuda/codes.cu"
 #include "../../csrc/cuda/dorefa_activation.cu"
 #include "../../csrc/cuda/dorefa_gradient.cu"
 #include "../../csrc/cuda/dorefa_weight.cu"
@@ -98,7 +100,8 @@ int fake_quantize_weight(int dtype, const void* x, void* y, uint8_t* mask, const
 
 int fake_quantize_activation(int dtype, const void* x, void* y, uint8_t* mask, const int64_t* view, float* running_min,
                              float* running_max, float* scale, int* zero_point, const bool* observing, int quant_min,
-                             int quant_max, int symmetric, double ema_decay, const int64_t* step, int64_t start_step) {
+                             int quant_max, int symmetric, double ema_decay, const int64_t* step, int64_t start_step,
+                             float lower, float upper, int clips) {
   const ActivationArguments arguments = {static_cast<DType>(dtype),
                                          x,
                                          y,
@@ -113,11 +116,26 @@ int fake_quantize_activation(int dtype, const void* x, void* y, uint8_t* mask, c
                                          quant_max,
                                          symmetric != 0,
                                          ema_decay,
+                                         {lower, upper, clips != 0},
                                          {step, start_step, nullptr}};
   int64_t bytes = 0;
   if (const cudaError_t error = activation_workspace_bytes(arguments, bytes)) return error;
   Workspace workspace(bytes);
   return workspace.checked(launch_fake_quantize_activation(arguments, workspace.data(), nullptr));
+}
+
+int clip_activation(int dtype, const void* x, void* y, uint8_t* mask, int64_t numel, float lower, float upper) {
+  return launch_clip_activation({static_cast<DType>(dtype), x, y, mask, numel, lower, upper}, nullptr);
+}
+
+int to_codes(const float* x, uint8_t* codes, float* parameters, const int64_t* view, const float* scale,
+             const int* zero_point, int quant_min, int quant_max) {
+  return launch_to_codes({{view[0], view[1], view[2]}, quant_min, quant_max, x, scale, zero_point, codes, parameters},
+                         nullptr);
+}
+
+int from_codes(const uint8_t* codes, const float* parameters, float* x, const int64_t* view, int quant_min) {
+  return launch_from_codes(codes, parameters, x, {view[0], view[1], view[2]}, quant_min, nullptr);
 }
 
 int lsq_backward(int dtype, const void* x, const void* grad, void* dx, const int64_t* view, const float* scale,
