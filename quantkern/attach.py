@@ -6,7 +6,7 @@ hooks of ``layer_quantizers``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,6 +99,18 @@ class Attachment:
         self.handles: list[RemovableHandle] = []
         self.order: list[str] = []
 
+    def damage(self, present: Collection[nn.Module]) -> str | None:
+        """What somebody else has taken away since ``attach``; ``present``: the model's modules."""
+        layer, own = self.layer, self.weight
+        if layer not in present:
+            return f"layer {self.name!r} is no longer part of the model, another one took its place"
+        taken = f"the fake-quantizers of layer {self.name!r} were taken off it"
+        if own is not None and not (
+            parametrize.is_parametrized(layer, "weight") and own in list(layer.parametrizations["weight"])  # type: ignore[index]
+        ):
+            return taken
+        return taken if self.tensors is not None and layer._modules.get(CHILD_NAME) is not self.tensors else None
+
     def attach(self) -> None:
         """Put everything on the layer."""
         layer = self.layer
@@ -107,6 +119,7 @@ class Attachment:
         if self.weight is not None:
             self.order = list(layer._parameters)
             parametrize.register_parametrization(layer, "weight", self.weight, unsafe=True)
+            type(layer).register_parameter = register_parameter  # type: ignore[assignment]
         if self.tensors is not None:
             layer.add_module(CHILD_NAME, self.tensors)
         if "input" in self.kinds:
@@ -188,6 +201,15 @@ class Attachment:
             new = {name: module for name, module in own.items() if name != "weight" and name not in children}
             actions.append(lambda: children.update(new))
         return actions
+
+
+def register_parameter(layer: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """For the class of a quantized layer: ``layer.weight = nn.Parameter(...)`` gives it another float weight."""
+    entries: Any = layer.parametrizations[name] if parametrize.is_parametrized(layer, name) else ()  # type: ignore[index]
+    if param is not None and entries and all(isinstance(entry, FakeQuant) for entry in entries):
+        entries.original = param
+    else:
+        nn.Module.register_parameter(layer, name, param)
 
 
 def change_class(layer: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:

@@ -26,7 +26,7 @@ LEVELS = [
     {"fake_quant", "learned", "binarized", "observers", "observed"},
     {"layer_quantizers"},
     {"lean_backward"},
-    {"attach", "bn_fold"},
+    {"attach", "bn_fold", "ranks"},
     {"nn"},
     {"export", "report"},
     {"quantizers"},

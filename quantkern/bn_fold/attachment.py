@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,12 @@ class FoldedAttachment(Attachment):
         self.weight.fold(plan.layer, plan.norm, freeze_step)
         self.delayed = self.delayed or freeze_step is not None
         self.counts = count_forwards and self.delayed
+
+    def damage(self, present: Collection[nn.Module]) -> str | None:
+        """A layer without its batch norm is damaged too."""
+        if self.norm in present and isinstance(self.norm, FOLDED_NORMS[self.norm_class]):
+            return super().damage(present)
+        return f"the batch norm folded into layer {self.name!r} is no longer part of the model"
 
     def attach(self) -> None:
         """Put everything on the layer and the batch norm."""

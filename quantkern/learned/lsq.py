@@ -18,19 +18,24 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from quantkern import functional
-from quantkern.fake_quant import is_recorded
+from quantkern.fake_quant import FakeQuant, is_recorded
 from quantkern.learned.initial_scale import initial_scale
 from quantkern.learned.state import LearnedState, LsqSpec
 
 
-def _over_ranks(value: Tensor, largest: bool) -> Tensor:
-    """The largest (or the sum) of a value over the ranks of the DistributedDataParallel that runs this forward."""
-    running = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    if running is not None:
+def _over_ranks(value: Tensor, largest: bool, everywhere: bool) -> Tensor:
+    """The largest (or the sum) of a value over the ranks of the DistributedDataParallel that runs this forward.
+
+    Where a rank may leave a layer out, nobody waits for it here: ``quantkern.ranks`` brings the scales together.
+    ``everywhere``: over all ranks there are, as ``quantkern.ranks`` asks for in sharded models.
+    """
+    running: Any = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    together = running is not None and not running.find_unused_parameters
+    if everywhere or together:
         from torch import distributed
 
         operation = distributed.ReduceOp.MAX if largest else distributed.ReduceOp.SUM
-        distributed.all_reduce(value, operation, group=running.process_group)
+        distributed.all_reduce(value, operation, group=None if everywhere else running.process_group)
     return value
 
 
@@ -38,6 +43,10 @@ class LearnedFakeQuant(LearnedState):
     """A tensor on a grid whose scale learns. Until there is a scale the tensor stays float."""
 
     warned = False
+    everywhere = False
+    """Whether all ranks of torch.distributed run every forward together."""
+    fresh = False
+    """Whether this rank has started the scale since the ranks last agreed."""
 
     def train(self, mode: bool = True) -> LearnedFakeQuant:
         """Switch between training and evaluation."""
@@ -124,7 +133,25 @@ class LearnedFakeQuant(LearnedState):
         own = (scale > 0).float()
         scale, zero_point, count = self.share(torch.stack([scale, zero_point * own, own]), largest=False)
         self.set_grid(scale / count, zero_point / count)
+        self.fresh = True
         return True
+
+    def follow(self, sibling: FakeQuant) -> None:
+        """Take over what all tensors of a layer have in common."""
+        super().follow(sibling)
+        self.everywhere = isinstance(sibling, LearnedFakeQuant) and sibling.everywhere
+
+    def adopt(self, scale: Tensor, zero_point: Tensor, signed: bool) -> None:
+        """Start with the scale that all ranks have agreed upon."""
+        self.decide_sign(signed)
+        self.set_grid(scale, zero_point)
+        self.ready, self.fresh = True, False
+
+    def scale_for(self, signed: bool) -> Tensor:
+        """The scale with which the tensor would have started with (or without) a sign."""
+        here, there = self.spec.quant_range[1], self.spec_for(signed).quant_range[1]
+        ratio = here / there  # of the ranges; 'paper' has the root of it, see ``initial_scale``
+        return self.scale * (math.sqrt(ratio) if self.spec.init == "paper" and self.spec.symmetric else ratio)
 
     def share(self, value: Tensor, largest: bool) -> Tensor:
         """``value`` over all ranks, where they see different tensors."""
@@ -165,7 +192,7 @@ class LearnedActivation(LearnedFakeQuant):
 
     def share(self, value: Tensor, largest: bool) -> Tensor:
         """Every rank sees its own part of the batch, and all must go on with the same scale."""
-        return _over_ranks(value, largest)
+        return _over_ranks(value, largest, self.everywhere)
 
     def spec_for(self, negative: bool) -> LsqSpec:
         """A range 0 .. 2^b - 1 for tensors that are never negative, unless the rule says which."""

@@ -23,6 +23,7 @@ from quantkern.fake_quant import ActivationFakeQuant, WeightFakeQuant
 from quantkern.files import Target, publish, stage, target_of
 from quantkern.layer_quantizers import Kinds, Sizes
 from quantkern.lean_backward import LeanActivations
+from quantkern.ranks import keep_from_ddp, require_whole
 from quantkern.report import MAX_SATURATION, MIN_SQNR, Report, make_report
 from quantkern.settings import did_you_mean
 
@@ -33,7 +34,8 @@ class Quantizer(nn.Module):
     """A model and the fake-quantizers on it; called like the model, which stays reachable as ``bound_model``.
 
     The constructor checks everything and then puts the quantizers on the model's own layers. No module is renamed
-    or replaced, every Parameter stays the same object, and ``export_model`` takes everything off again.
+    or replaced, every Parameter stays the same object, and ``export_model`` takes everything off again. As in the
+    float model, ``layer.weight = nn.Parameter(...)`` gives a layer another weight.
     """
 
     bound_model: nn.Module
@@ -75,6 +77,11 @@ class Quantizer(nn.Module):
         self._exported = False
         self.training = model.training
         self.bound_model = model
+        self._keep_from_ddp(True)
+
+    def _keep_from_ddp(self, keep: bool) -> None:
+        for module in (self, self.bound_model):
+            keep_from_ddp(module, keep)
 
     def form(self) -> Form:
         """Which keys and quant types this quantizer's rules have, and their defaults at this moment."""
@@ -122,13 +129,32 @@ class Quantizer(nn.Module):
                 "build a new quantizer, and load_calibration_config() to go on from the exported numbers"
             )
 
+    def _require_unchanged(self, method: str) -> None:
+        self._require_attached(method)
+        present = set(self.bound_model.modules())
+        problems = [text for text in (attachment.damage(present) for attachment in self._attachments) if text]
+        if problems:
+            lines = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(problems, 1))
+            raise RuntimeError(
+                f"{method}(): the model was changed after it was quantized:{lines}\nPut back what was there, or build "
+                "the model anew, load this one's weights, change it and then quantize it. Nothing is changed"
+            )
+
+    def _require_whole(self, method: str) -> None:
+        self._require_unchanged(method)
+        require_whole(self.bound_model, method)
+
     def forward(self, *args: Any, **kwargs: Any) -> object:
         """What the model returns."""
         return self.bound_model(*args, **kwargs)
 
     def compress(self) -> nn.Module:
-        """The user's own model object, quantized. The constructor has done the work; calling twice is harmless."""
-        self._require_attached("compress")
+        """The user's own model object, quantized. The constructor has done the work; calling twice is harmless.
+
+        Raises:
+            RuntimeError: after ``export_model``, or a quantized layer or its quantizers are no longer in the model.
+        """
+        self._require_unchanged("compress")
         return self.bound_model
 
     def freeze_ranges(self, frozen: bool = True) -> None:
@@ -162,7 +188,7 @@ class Quantizer(nn.Module):
         Raises:
             TypeError, ValueError, ImportError, OSError: before anything is changed. Files appear whole or not at all.
         """
-        self._require_attached("export_model")
+        self._require_whole("export_model")
         paths = {"model_path": model_path, "calibration_path": calibration_path, "onnx_path": onnx_path}
         given = {name: path for name, path in paths.items() if path is not None or name == "model_path"}
         targets = {name: target_of(name, path) for name, path in given.items()}
@@ -175,6 +201,7 @@ class Quantizer(nn.Module):
         self._warn_about_unseen(calibration)
         with ExitStack() as stack:
             folders = {name: stage(stack, name, target) for name, target in targets.items()}
+            self._keep_from_ddp(False)
             staged = {name: folder / targets[name].name for name, folder in folders.items()}
             self._detach()
             try:
@@ -187,6 +214,7 @@ class Quantizer(nn.Module):
                     publish(folder, targets[name])
             except BaseException:
                 self._attach()
+                self._keep_from_ddp(True)
                 raise
         for hook in self._hooks:
             hook.remove()
@@ -220,7 +248,7 @@ class Quantizer(nn.Module):
         >>> [(row.layer, row.tensor, row.bits) for row in report.rows]
         [('0', 'weight', 8), ('2', 'weight', 8)]
         """
-        self._require_attached("report")
+        self._require_whole("report")
         notes = self._config_notes
         return make_report(self, self.bound_model, self._attachments, batch, notes, max_saturation, min_sqnr)
 
@@ -242,7 +270,7 @@ class Quantizer(nn.Module):
         Raises:
             RuntimeError: after ``export_model``.
         """
-        self._require_attached("round_biases")
+        self._require_whole("round_biases")
         return round_biases(self.bound_model, self._attachments)
 
     def export_onnx(
@@ -288,7 +316,7 @@ class Quantizer(nn.Module):
                 or an ObserverQuantizer before ``compress``. ImportError: packages of the extra 'onnx' are missing.
             TypeError, ValueError, OSError: path or example_input do not fit, or the model cannot be traced.
         """
-        self._require_attached("export_onnx")
+        self._require_whole("export_onnx")
         return export_onnx(
             self.bound_model,
             self._attachments,
@@ -327,7 +355,7 @@ class Quantizer(nn.Module):
                 the one that the rule gives the same range. Layers missing on either side are a warning, as in NNI;
                 a dict that has none of the quantized layers is an error.
         """
-        self._require_attached("load_calibration_config")
+        self._require_whole("load_calibration_config")
         if not isinstance(calibration_config, Mapping):
             kind = type(calibration_config).__name__
             raise TypeError(f"calibration_config must be a dict of layer name -> dict, got {kind}; torch.load() a file")

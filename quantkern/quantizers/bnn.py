@@ -151,5 +151,5 @@ class BNNQuantizer(Quantizer):
         has one bit a weight for packed layers and loads into what ``convert()`` returns for another quantizer of
         the same model and rules.
         """
-        self._require_attached("convert")
+        self._require_whole("convert")
         return convert(self.bound_model, self._attachments)

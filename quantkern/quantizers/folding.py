@@ -109,5 +109,5 @@ class FoldingQuantizer(Quantizer):
         Raises:
             RuntimeError: after ``export_model``.
         """
-        self._require_attached("folded_model")
+        self._require_whole("folded_model")
         return fold_model(self.bound_model, self._attachments)

@@ -15,6 +15,7 @@ from quantkern.layer_quantizers import Kinds
 from quantkern.learned import LearnedActivation, LearnedState, LearnedWeight, LsqSpec
 from quantkern.quantizers.base import ConfigList, require_parameters_of
 from quantkern.quantizers.folding import FoldingQuantizer
+from quantkern.ranks import StartSharing
 from quantkern.settings import QUANT_TYPES, default_settings
 
 _KEYS = ("quant_types", "quant_bits", "quant_dtype", "quant_scheme", "quant_start_step", "axis")
@@ -126,7 +127,8 @@ class LsqQuantizer(FoldingQuantizer):
         optimizer: gets the scales as one new parameter group without weight decay, with the learning rate of its
             first group; the group stays after an export. Build learning rate schedulers afterwards. Without an
             optimizer here, build it afterwards from ``model.parameters()``, which holds the scales, or add
-            ``scale_parameters()``.
+            ``scale_parameters()``. ``fully_shard`` must leave the scales alone: give it
+            ``ignored_params=set(quantizer.scale_parameters())``; their gradients are averaged here.
         dummy_input, fold_bn, freeze_bn_step: as for ``QAT_Quantizer``. The scale of a folded weight starts on the
             folded weight, and follows the factor of its batch norm from there.
 
@@ -161,6 +163,7 @@ class LsqQuantizer(FoldingQuantizer):
         super().__init__(model, config_list, optimizer, dummy_input)
         check = self.bound_model.register_load_state_dict_pre_hook(_check_state_dict)  # type: ignore[no-untyped-call]
         self._hooks.append(check)
+        self._hooks.append(self.bound_model.register_forward_pre_hook(StartSharing()))
         if optimizer is not None:
             scales = _ScaleGroup(self.bound_model)
             scales(optimizer)

@@ -22,6 +22,7 @@ from quantkern.observers import OBSERVERS, Observer, ObserverSpec
 from quantkern.progress import Progress
 from quantkern.quantizers.base import ConfigList
 from quantkern.quantizers.folding import FoldingQuantizer
+from quantkern.ranks import agree_on_sizes
 from quantkern.settings import FACTORY, QUANT_TYPES, default_settings
 
 Observed = ObservedWeight | ObservedActivation
@@ -59,24 +60,22 @@ def observer_form() -> Form:
     return Form(QUANT_TYPES, _KEYS, default_settings(_FACTORY), 1, ObserverSpec, _EXTRAS, _refine)
 
 
+def _explain_missing(names: str) -> str:
+    return (
+        f"compress(): only some ranks have {names}; every rank must run the same layers in calibration, and every rank "
+        "must call compress()"
+    )
+
+
 def _share(modules: Mapping[str, Observed], observers: Mapping[str, Observer]) -> dict[str, Observer]:
     """The observers with what all ranks of torch.distributed have seen."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return dict(observers)
-    own = {name: observer.low.numel() for name, observer in observers.items()}
-    everywhere: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everywhere, own)
-    if any(sizes.keys() != own.keys() for sizes in everywhere):
-        missing = sorted({name for sizes in everywhere for name in sizes} ^ set.intersection(*map(set, everywhere)))
-        raise RuntimeError(
-            f"compress(): only some ranks have {', '.join(missing)}; every rank must run the same layers in "
-            "calibration, and every rank must call compress()"
-        )
+    sizes = agree_on_sizes({name: observer.low.numel() for name, observer in observers.items()}, None, _explain_missing)
     for name, observer in observers.items():
-        channels = max(sizes[name] for sizes in everywhere)
-        if observer.low.dim() and observer.low.numel() != channels and not observer.has_seen():
-            modules[name].resize(channels)
+        if observer.low.dim() and observer.low.numel() != sizes[name] and not observer.has_seen():
+            modules[name].resize(sizes[name])
     return {name: observers[name].over_ranks() for name in sorted(observers)}
 
 
@@ -192,7 +191,7 @@ class ObserverQuantizer(FoldingQuantizer):
         Raises:
             RuntimeError: after ``compress`` or ``export_model``. ValueError: no batch came.
         """
-        self._require_attached("calibrate")
+        self._require_whole("calibrate")
         if self.is_compressed():
             raise RuntimeError("calibrate(): compress() has frozen every scale; build a new quantizer to start again")
         if steps is not None and steps < 1:
@@ -229,7 +228,7 @@ class ObserverQuantizer(FoldingQuantizer):
             RuntimeError: no batch has been observed, or the model is in training mode. ValueError: NaN or infinity
                 in a batch or a weight. Nothing is changed then.
         """
-        self._require_attached("compress")
+        self._require_whole("compress")
         tensors = self._tensors()
         waiting = {label: module for label, module in tensors.items() if not module.ready}
         if not waiting:
@@ -266,7 +265,7 @@ class ObserverQuantizer(FoldingQuantizer):
         return {label: observer.calculate_qparams() for label, observer in seen.items()}, unseen
 
     def _require_compressed(self, method: str) -> None:
-        self._require_attached(method)
+        self._require_whole(method)
         if not self.is_compressed():
             raise RuntimeError(f"{method}(): there are no scales yet; call compress() first. Nothing is changed")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.optim import Optimizer
 
@@ -9,6 +11,7 @@ from quantkern.attach import DummyInput
 from quantkern.config import Form
 from quantkern.quantizers.base import ConfigList
 from quantkern.quantizers.folding import FoldingQuantizer
+from quantkern.ranks import RangeSharing
 from quantkern.settings import QUANT_TYPES, default_settings
 
 _KEYS = ("quant_types", "quant_bits", "quant_dtype", "quant_scheme", "quant_start_step", "ema_decay", "axis")
@@ -77,6 +80,41 @@ class QAT_Quantizer(FoldingQuantizer):  # noqa: N801  (NNI's name)
     ) -> None:
         self.choose_folding(fold_bn, freeze_bn_step, dummy_input)
         super().__init__(model, config_list, optimizer, dummy_input)
+        self._sharing = RangeSharing()
+        if any(attachment.tensors is not None for attachment in self._attachments):
+            self._hooks.append(self.bound_model.register_forward_hook(self._sharing))
+
+    def share_ranges(self, enabled: bool = True, group: Any = None) -> None:
+        """Whether the ranks of distributed training share the ranges of inputs and outputs; they do by default.
+
+        ::
+
+            running_min = the smallest of all ranks', running_max = the largest
+
+        One collective at the end of a training forward does it for the whole model, and scales follow. A running
+        range then is the moving average of the range of the global batch. In the forward itself a rank quantizes with
+        the running range that its own part of the batch has moved, so that no layer waits for other ranks. A rank
+        that sees nothing of a tensor in a step (no sample, an unused layer) holds its range where it was: it can grow
+        in that step and not shrink.
+
+        By default the ranks are those of the DistributedDataParallel that runs the forward, or all ranks where
+        ``fully_shard`` has sharded the model. Under DistributedDataParallel forwards inside ``no_sync()`` share
+        nothing: ranks follow their own batches, and the next shared forward takes the smallest and largest of their
+        moving averages. Forwards without gradients and forwards inside ``join()`` share nothing. Ranks agree on the
+        tensors in their first shared forward; call this again on every rank where the model changes afterwards.
+        Shared ranges need no broadcast of buffers in DistributedDataParallel.
+
+        Args:
+            enabled: False: ranges stay each rank's own. DistributedDataParallel then broadcasts those of rank 0 before
+                every forward, unless built with ``broadcast_buffers=False``; ``fully_shard`` leaves them different.
+            group: process group whose ranks run all training forwards together, for other kinds of parallel training.
+
+        Raises:
+            RuntimeError: in a forward, on every rank: ranks know different tensors or channels of one; give
+                dummy_input, so that all are known from the start.
+        """
+        self._require_attached("share_ranges")
+        self._sharing.set(enabled, group)
 
     def form(self) -> Form:
         """See ``Quantizer.form``."""
