@@ -153,23 +153,35 @@ static void quantize(DType dtype, const void* x, void* y, uint8_t* mask, int64_t
   if (streamed) stream_fence();
 }
 
+template <bool kStream, class T, class V>
+QK_LANE uint32_t clip_lanes(const T* x, T* y, V lower, V upper) {
+  V value;
+  load(x, value);
+  store<kStream>(y, clip_lane(value, lower, upper));
+  return less_bits(lower, value) & less_bits(value, upper);
+}
+
 template <bool kStream, class T>
 static void clip_typed(const void* x_data, void* y_data, uint8_t* mask, int64_t begin, int64_t end, double lower,
                        double upper) {
   using V = typename VecOf<T>::type;
+  using Lane = typename LaneType<V>::type;
   const T* x = static_cast<const T*>(x_data);
   T* y = static_cast<T*>(y_data);
-  using Lane = typename LaneType<V>::type;
   const V low = V::all(static_cast<Lane>(lower)), high = V::all(static_cast<Lane>(upper));
-  V value;
-  for (int64_t i = begin; i < end; i += V::width) {
+  int64_t i = begin;
+  for (; i + kBlock <= end; i += kBlock) {
+    uint32_t inside = 0;
+    for (int64_t k = 0; k < kBlock; k += V::width) inside |= clip_lanes<kStream>(x + i + k, y + i + k, low, high) << k;
+    if (mask) std::memcpy(mask + i / 8, &inside, sizeof inside);
+  }
+  for (; i < end; i += V::width) {
     const int64_t count = end - i < V::width ? end - i : V::width;
-    const bool whole = count == V::width;
-    whole ? load(x + i, value) : load_some(x + i, count, value);
-    const V clipped = clip_lane(value, low, high);
-    whole ? store<kStream>(y + i, clipped) : store_some(y + i, count, clipped);
+    T group[V::width] = {};
+    std::memcpy(group, x + i, count * sizeof(T));
+    const uint32_t inside = clip_lanes<false>(group, group, low, high) & ((1u << count) - 1u);
+    std::memcpy(y + i, group, count * sizeof(T));
     if (!mask) continue;
-    const uint32_t inside = less_bits(low, value) & less_bits(value, high) & ((1u << count) - 1u);
     mask[i / 8] = static_cast<uint8_t>(inside);
     if (count > 8) mask[i / 8 + 1] = static_cast<uint8_t>(inside >> 8);
   }

@@ -18,7 +18,7 @@
 #endif
 
 #define QK_LANE static inline __attribute__((always_inline))
-#define QK_INLINE __attribute__((always_inline))
+#define QK_MEMBER inline __attribute__((always_inline))
 
 namespace quantkern::cpu::baseline {
 #include "vec_generic.h"
@@ -61,4 +61,4 @@ using FloatVec = Vec16;
 #endif
 
 #undef QK_LANE
-#undef QK_INLINE
+#undef QK_MEMBER

@@ -38,6 +38,14 @@ QK_LANE void store_bytes(uint8_t* p, Vec8 a) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
+QK_LANE void store_block(uint8_t* p, const Vec8 (&a)[4]) {
+  // Packing works on halves of registers: the last step puts their quarters in order.
+  const __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(a[0].v), _mm256_cvtps_epi32(a[1].v));
+  const __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(a[2].v), _mm256_cvtps_epi32(a[3].v));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
+}
 
 QK_LANE void load(const float* p, Vec8& r) { r.v = _mm256_loadu_ps(p); }
 QK_LANE void load(const Half* p, Vec8& r) {

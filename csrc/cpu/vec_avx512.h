@@ -33,6 +33,10 @@ QK_LANE void load(const uint8_t* p, Vec16& r) {
 QK_LANE void store_bytes(uint8_t* p, Vec16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
+QK_LANE void store_block(uint8_t* p, const Vec16 (&a)[2]) {
+  store_bytes(p, a[0]);
+  store_bytes(p + 16, a[1]);
+}
 
 QK_LANE void load(const float* p, Vec16& r) { r.v = _mm512_loadu_ps(p); }
 QK_LANE void load(const Half* p, Vec16& r) {

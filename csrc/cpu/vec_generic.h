@@ -116,6 +116,9 @@ QK_LANE void store_bytes(uint8_t* p, Lanes<float> a) {
   for (int i = 0; i < 8; ++i)
     p[i] = a.v[i] >= 0.0f && a.v[i] <= 255.0f ? static_cast<uint8_t>(static_cast<int>(a.v[i])) : 0;
 }
+QK_LANE void store_block(uint8_t* p, const Lanes<float> (&a)[4]) {
+  for (int k = 0; k < 4; ++k) store_bytes(p + 8 * k, a[k]);
+}
 // kStream: past the caches, where the target can; p is then aligned to the size of the group.
 template <bool kStream = false, class T, class C>
 QK_LANE void store(T* p, Lanes<C> a) {
