@@ -6,6 +6,7 @@ hooks of ``layer_quantizers``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +31,7 @@ from quantkern.layer_quantizers import (
     visit_arguments,
     visit_tensors,
 )
-from quantkern.lean_backward import keep_codes, keeps_codes
+from quantkern.lean_backward import LeanActivations, keep_codes, keeps_codes
 from quantkern.learned.leaf_scale import is_product, scale_through_product
 from quantkern.learned.lsq import LearnedActivation
 
@@ -210,6 +211,13 @@ def register_parameter(layer: nn.Module, name: str, param: nn.Parameter | None) 
         entries.original = param
     else:
         nn.Module.register_parameter(layer, name, param)
+
+
+def copy_of(model: nn.Module, attachments: Sequence[Attachment]) -> tuple[nn.Module, list[Attachment]]:
+    """A quantized model of its own to change, with its attachments; its activations are torch's."""
+    new, copies = copy.deepcopy((model, list(attachments)))
+    LeanActivations(new).detach()
+    return new, copies
 
 
 def change_class(layer: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:

@@ -124,7 +124,7 @@ class LeanActivations:
     """Every ReLU, ReLU6 and Hardtanh of a model, those classes themselves and no subclass, keeping bits or not."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [module for module in model.modules() if type(module) in _LEAN]
+        self.layers = [module for module in model.modules() if type(module) in _LEAN or type(module) in _FAT]
 
     def attach(self) -> None:
         """Keep bits."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from quantkern.attach import Attachment, change_class, count_step
+from quantkern.attach import Attachment, change_class, copy_of, count_step
 from quantkern.bn_fold.layers import FOLDED_NORMS, FOLDED_WEIGHTS, Folding
 from quantkern.bn_fold.pairs import float_class
 from quantkern.config import LayerPlan
@@ -115,7 +114,7 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> N
 @torch.no_grad()
 def fold_model(model: nn.Module, attachments: Sequence[Attachment]) -> nn.Module:
     """A float copy of the model with every batch norm of ``attachments`` folded for good; the model stays as it is."""
-    new, copies = copy.deepcopy((model, list(attachments)))
+    new, copies = copy_of(model, attachments)
     identities: dict[nn.Module, nn.Module] = {}
     for attachment in copies:
         if isinstance(attachment, FoldedAttachment):

@@ -6,7 +6,6 @@ The copy has the user's modules and hooks, so that it runs as the model does. In
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkern.attach import Attachment, DummyInput, change_class, run_model
+from quantkern.attach import Attachment, DummyInput, change_class, copy_of, run_model
 from quantkern.binarized import BinaryActivation, BinaryWeight
 from quantkern.bn_fold import FoldedAttachment, Folding
 from quantkern.fake_quant import ActivationFakeQuant, FakeQuant, RangedFakeQuant
@@ -204,7 +203,7 @@ def freeze(model: nn.Module, attachments: Sequence[Attachment], example_input: D
     if wrong:
         found = ", ".join(sorted(map(str, wrong)))
         raise ValueError(f"export_onnx needs a float32 model, this one has {found}; call it on a copy made float()")
-    new, copies = copy.deepcopy((model, list(attachments)))
+    new, copies = copy_of(model, attachments)
     output = run_model(new, example_input, "example_input")
     new.eval()
     floats: dict[str, str] = {}

@@ -6,7 +6,6 @@ the layer's integer thresholds and its modules the identity; signs go on packed 
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from quantkern.attach import Attachment, remove_parametrization
+from quantkern.attach import Attachment, copy_of, remove_parametrization
 from quantkern.binarized import CannotTrace, trace
 from quantkern.binarized.flow import calls, is_hooked, modules_of, only_input
 from quantkern.binary import pair
@@ -211,7 +210,7 @@ def _make_real(attachment: Attachment) -> None:
 
 def convert(model: nn.Module, attachments: Sequence[Attachment]) -> nn.Module:
     """See ``BNNQuantizer.convert``; ``attachments`` are those on ``model``, which stays as it is."""
-    new, copies = copy.deepcopy((model, list(attachments)))
+    new, copies = copy_of(model, attachments)
     new.eval()
     quantized = {attachment.layer: attachment for attachment in copies}
     packed = [layer for layer, attachment in quantized.items() if attachment.computed_as is not None]
