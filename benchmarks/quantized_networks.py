@@ -12,6 +12,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +30,16 @@ FOLDS = "folds batch norm into the weights"
 
 @dataclass
 class Trainee:
-    """A model that can be trained with its optimizer; ``call`` runs it, the model itself or what compiled it."""
+    """A model that can be trained with its optimizer; ``call`` runs it, the model itself or what compiled it.
+
+    reuse: makes the block in which the micro-batches of one step run.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     call: Callable[[Tensor], Tensor]
     other_work: str = ""
+    reuse: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
 
 Build = Callable[[Network, torch.device], Trainee]
@@ -48,9 +53,10 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def train_step(trainee: Trainee, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     """One optimizer step over as many micro-batches; returns the last loss."""
     trainee.optimizer.zero_grad()
-    for x, y in batches:
-        loss = nn.functional.cross_entropy(trainee.call(x), y) / len(batches)
-        loss.backward()  # type: ignore[no-untyped-call]
+    with trainee.reuse() if len(batches) > 1 else contextlib.nullcontext():
+        for x, y in batches:
+            loss = nn.functional.cross_entropy(trainee.call(x), y) / len(batches)
+            loss.backward()  # type: ignore[no-untyped-call]
     trainee.optimizer.step()
     return loss.detach()
 
@@ -99,7 +105,7 @@ def ours(learned: bool, folded: bool = False) -> Build:
         dummy = network.draw(device, batch=2)[0] if folded else None
         quantizer = make(model, rules(network, learned), optimizer, dummy)
         quantizer.compress()
-        return Trainee(model, optimizer, model, FOLDS if folded else "")
+        return Trainee(model, optimizer, model, FOLDS if folded else "", quantizer.reuse_weights)
 
     return build
 

@@ -6,11 +6,12 @@
     python -m benchmarks.train_step --profile             where the time of quantization goes, tensor by tensor
 
 A step clears the gradients, runs forward and backward and lets SGD with momentum step, in training mode; with
-``--accumulate`` over several micro-batches. Every contestant trains the same network from the same weights on the same
-batch. Before it is timed its losses are compared with those of the float network: near, but not equal. In every round
-each contestant takes one step after one that is not timed, in a random order. "x float" is the ratio of the medians,
-"x float, rounds" the median of the ratios in each round; peak memory and what is kept for the backward are explained in
-benchmarks/step_memory.py, the quantization that all share in benchmarks/quantized_networks.py.
+``--accumulate`` over several micro-batches, for ours inside ``quantizer.reuse_weights()``. Every contestant trains the
+same network from the same weights on the same batch. Before it is timed its losses are compared with those of the float
+network: near, but not equal. In every round each contestant takes one step after one that is not timed, in a random
+order. "x float" is the ratio of the medians, "x float, rounds" the median of the ratios in each round; peak memory and
+what is kept for the backward are explained in benchmarks/step_memory.py, the quantization that all share in
+benchmarks/quantized_networks.py.
 
 What ends in ``-compiled`` goes through torch.compile and takes part only where it is named.
 """

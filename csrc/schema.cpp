@@ -31,6 +31,22 @@ TORCH_LIBRARY(quantkern, m) {
       "fake_quantize_weight_forward(Tensor x, Tensor(a!) scale, Tensor(b!) zero_point, int quant_min, int quant_max, "
       "bool symmetric, int? axis, Tensor? step, int start_step, bool with_mask) -> (Tensor, Tensor)");
 
+  // The same for all weights of a model at once. axes: counted from the front, -1 for a whole tensor. The forward
+  // writes into tensors that are there; an empty mask is not wanted. `kept` also gives the masks.
+  m.def(
+      "fake_quantize_weights(Tensor[] xs, Tensor(a!)[] scales, Tensor(b!)[] zero_points, int[] quant_min, "
+      "int[] quant_max, bool[] symmetric, int[] axes, Tensor?[] steps, int[] start_steps) -> Tensor[]");
+  m.def(
+      "fake_quantize_weights_kept(Tensor[] xs, Tensor(a!)[] scales, Tensor(b!)[] zero_points, int[] quant_min, "
+      "int[] quant_max, bool[] symmetric, int[] axes, Tensor?[] steps, int[] start_steps) -> (Tensor[], Tensor[])");
+  m.def(
+      "fake_quantize_weights_forward(Tensor[] xs, Tensor(a!)[] ys, Tensor(b!)[] masks, Tensor(c!)[] scales, "
+      "Tensor(d!)[] zero_points, int[] quant_min, int[] quant_max, bool[] symmetric, int[] axes, Tensor?[] steps, "
+      "int[] start_steps) -> ()");
+  // y, made of x earlier, as a result of its own: the same memory, a new backward. An empty mask of a tensor that has
+  // elements: every gradient passes.
+  m.def("fake_quantize_again(Tensor x, Tensor(a) y, Tensor mask) -> Tensor(a)");
+
   // The same with an exponential moving average of the range, which stands still while observing is 0. With lower and
   // upper: of clip_activation(x, lower, upper), in as many passes as without.
   m.def(
@@ -70,6 +86,17 @@ TORCH_LIBRARY(quantkern, m) {
   m.def(
       "lsq_backward_(Tensor(a!) grad, Tensor x, Tensor scale, int quant_min, int quant_max, float grad_scale, "
       "int? axis, Tensor? zero_point) -> (Tensor, Tensor)");
+
+  // The same for all weights of a model at once, and y as a result of its own, as above.
+  m.def(
+      "lsq_weights(Tensor[] xs, Tensor[] scales, int[] quant_min, int[] quant_max, float[] grad_scales, int[] axes) -> "
+      "Tensor[]");
+  m.def(
+      "lsq_weights_forward(Tensor[] xs, Tensor(a!)[] ys, Tensor[] scales, int[] quant_min, int[] quant_max, "
+      "int[] axes) -> ()");
+  m.def(
+      "lsq_again(Tensor x, Tensor(a) y, Tensor scale, int quant_min, int quant_max, float grad_scale, "
+      "int? axis=None) -> Tensor(a)");
 
   // DoReFa. The second result of the forward is max|x|, for the backward (mean|x| with 1 bit).
   m.def("dorefa_weight(Tensor x, int bits) -> Tensor");

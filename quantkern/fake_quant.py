@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkern import functional, reference
+from quantkern.ahead import Ahead, compute_ranged, ranged_result
 from quantkern.config import TensorSpec, is_int
 
 
@@ -226,13 +227,19 @@ class WeightFakeQuant(RangedFakeQuant):
     forward.
     """
 
+    compute_ahead = staticmethod(compute_ranged)
+
     def __init__(self, label: str, spec: TensorSpec, weight: Tensor) -> None:
         super().__init__(label, spec, weight.shape[spec.axis] if spec.axis is not None else 1, weight.device)
         self.loaded = False
+        self.ahead = Ahead()
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight on its grid."""
         spec = self.spec
+        ready = ranged_result(self, weight)
+        if ready is not None:
+            return ready
         if self.loaded:
             if not self.training:
                 return self.quantize(weight, spec.axis)
@@ -326,8 +333,6 @@ class ActivationFakeQuant(RangedFakeQuant):
     running_min: Tensor
     running_max: Tensor
     observing: Tensor
-    clip: tuple[float, float] | None = None
-    """What the layer has left to the next forward: to clip its output to these bounds first."""
 
     def __init__(self, label: str, spec: TensorSpec, channels: int, device: torch.device) -> None:
         super().__init__(label, spec, channels, device)
@@ -364,7 +369,7 @@ class ActivationFakeQuant(RangedFakeQuant):
         if not self.training:
             return self.quantize(x, axis)
         low, high = spec.quant_range
-        clip, self.__dict__["clip"] = self.clip, None
+        clip = None if torch.compiler.is_compiling() else self.__dict__.pop("clip", None)
         return functional.fake_quantize_activation(
             x, self.running_min, self.running_max, self.scale, self.zero_point, self.observing,
             low, high, spec.symmetric, spec.ema_decay, axis, step=self.step, start_step=spec.start_step, clip=clip,

@@ -1,4 +1,6 @@
-"""The public functions; those of binary networks are in ``quantkern.binary`` and here by name."""
+"""The public functions; those of binary networks are in ``quantkern.binary`` and here by name, as are those of
+``quantkern.weight_lists``.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,7 @@ from quantkern.binary import (
 )
 from quantkern.clipping import clip_activation
 from quantkern.triton_autograd import run_triton
+from quantkern.weight_lists import fake_quantize_weights, lsq_weights
 
 __all__ = [
     "arrange_signs",
@@ -43,7 +46,9 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_activation",
     "fake_quantize_weight",
+    "fake_quantize_weights",
     "lsq",
+    "lsq_weights",
     "pack_signs",
     "packed_max_pool2d",
     "quantize_gradient",

@@ -212,6 +212,9 @@ def _weight_grid(layer: nn.Module, tensor: Tensor) -> Found | None:
     if not parametrize.is_parametrized(layer, "weight") or len(layer.parametrizations["weight"]) != 1:  # type: ignore
         return None
     entries: Any = layer.parametrizations["weight"]  # type: ignore[index]
+    place = getattr(entries[0], "ahead", None)
+    if place is not None and place.holds(tensor):  # it stays in any case
+        return None
     shape = entries.original.shape
     if tensor.shape == shape:
         return _found(entries[0], lambda axis: axis)

@@ -12,6 +12,7 @@ et al., "Learned Step Size Quantization", 2020; Zhou et al., "DoReFa-Net", 2016.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -159,6 +160,18 @@ def fake_quantize_weight(
     return straight_through(x, y, in_range), scale, zero_point
 
 
+def fake_quantize_weights(
+    xs: Sequence[Tensor],
+    quant_min: Sequence[int],
+    quant_max: Sequence[int],
+    symmetric: Sequence[bool],
+    axes: Sequence[int | None],
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """``fake_quantize_weight`` of every tensor in a list."""
+    settings = zip(xs, quant_min, quant_max, symmetric, axes, strict=True)
+    return [fake_quantize_weight(x, low, high, same, axis) for x, low, high, same, axis in settings]
+
+
 def fake_quantize_activation(
     x: Tensor,
     running_min: Tensor,
@@ -270,6 +283,19 @@ def lsq(
         grad_scale = lsq_grad_scale(x, quant_max, axis)
     y: Tensor = Lsq.apply(x, scale, zero_point, quant_min, quant_max, axis, grad_scale)  # type: ignore[no-untyped-call]
     return y
+
+
+def lsq_weights(
+    xs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    quant_min: Sequence[int],
+    quant_max: Sequence[int],
+    axes: Sequence[int | None],
+    grad_scales: Sequence[float | None],
+) -> list[Tensor]:
+    """``lsq`` of every tensor in a list."""
+    settings = zip(xs, scales, quant_min, quant_max, axes, grad_scales, strict=True)
+    return [lsq(x, scale, low, high, axis, factor) for x, scale, low, high, axis, factor in settings]
 
 
 class DorefaWeight(torch.autograd.Function):

@@ -304,6 +304,20 @@ def test_whole_run_writes_its_results_and_the_readme_s_table(
     assert f"\\* quantkern-qat-folded: {quantized_networks.FOLDS}" in text
 
 
+@pytest.mark.parametrize("name", ["quantkern-qat", "quantkern-lsq"])
+def test_micro_batches_of_ours_quantize_the_weights_once(name: str) -> None:
+    trainee = BUILT_IN[name](SMALL, CPU)
+    batches = [SMALL.draw(CPU, seed) for seed in range(4)]
+    quantized_networks.train_step(trainee, batches)
+    with torch.profiler.profile() as profile:
+        quantized_networks.train_step(trainee, batches)
+    calls = {one.key: one.count for one in profile.key_averages()}
+    operation = "lsq" if "lsq" in name else "fake_quantize"
+    assert calls[f"quantkern::{operation}_weights_forward"] == 1
+    layers = sum(hasattr(module, "parametrizations") for module in trainee.model.modules())
+    assert calls[f"quantkern::{operation}_again"] == len(batches) * layers
+
+
 def test_micro_batches_make_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out.json"
     small_run(path, monkeypatch, "--accumulate", "3")

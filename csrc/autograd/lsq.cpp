@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include "lsq.h"
 #include "node.h"
 #include "own_gradient.h"
 #include "straight_through.h"
@@ -11,15 +12,8 @@ namespace quantkern {
 namespace {
 
 using torch::autograd::variable_list;
-using MaybeAxis = std::optional<int64_t>;
 using MaybeTensor = std::optional<at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-struct LsqSettings {
-  int64_t quant_min, quant_max;
-  double grad_scale;
-  MaybeAxis axis;
-};
 
 at::Tensor call_forward(const at::Tensor& x, const at::Tensor& scale, const LsqSettings& s,
                         const MaybeTensor& zero_point) {
@@ -91,17 +85,23 @@ at::Tensor lsq(const at::Tensor& x, const at::Tensor& scale, int64_t quant_min, 
     y = call_forward(x, scale, settings, zero_point);
   }
   if (!needed) return y;
-  auto node = make_node<LsqBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(x, scale, zero));
-  node->x = torch::autograd::SavedVariable(x, /*is_output=*/false);
-  node->scale = torch::autograd::SavedVariable(scale, /*is_output=*/false);
-  node->zero_point = torch::autograd::SavedVariable(zero, /*is_output=*/false);
-  node->settings = settings;
-  torch::autograd::set_history(y, node);
+  attach_lsq(x, y, scale, zero, settings);
   return y;
 }
 
 }  // namespace
+
+void attach_lsq(const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale, const at::Tensor& zero_point,
+                const LsqSettings& settings) {
+  auto node = make_node<LsqBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(x, scale, zero_point));
+  node->x = torch::autograd::SavedVariable(x, /*is_output=*/false);
+  node->scale = torch::autograd::SavedVariable(scale, /*is_output=*/false);
+  node->zero_point = torch::autograd::SavedVariable(zero_point, /*is_output=*/false);
+  node->settings = settings;
+  torch::autograd::set_history(y, node);
+}
+
 }  // namespace quantkern
 
 TORCH_LIBRARY_IMPL(quantkern, Autograd, m) { m.impl("lsq", quantkern::lsq); }

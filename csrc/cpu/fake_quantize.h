@@ -27,4 +27,8 @@ void run_clip(const at::Tensor& in, const at::Tensor& out, const at::Tensor& mas
 // out = in, and every gradient passes.
 void run_identity(const at::Tensor& in, const at::Tensor& out, const at::Tensor& mask);
 
+// The parameters of lsq; a scale that is not positive and finite is an error.
+void set_lsq_params(PreparedParams& params, const Layout& layout, const at::Tensor& scale,
+                    const std::optional<at::Tensor>& zero_point);
+
 }  // namespace quantkern::cpu

@@ -2,6 +2,8 @@
 //
 // Per channel of a contiguous weight (the first axis) both happen block by block, so that a row is quantized while
 // it still lies in the cache: 8 bytes an element in float32 instead of 12. Otherwise the range takes a pass of its own.
+#include "fake_quantize_weight.h"
+
 #include <torch/library.h>
 
 #include <numeric>
@@ -12,49 +14,52 @@
 #include "ranges.h"
 
 namespace quantkern::cpu {
-namespace {
 
-struct WeightState {
-  float* scale;
-  int32_t* zero_point;
-  int quant_min, quant_max;
-  bool symmetric;
+QuantizeMemory::QuantizeMemory(const at::Tensor& in, const at::Tensor& out, uint8_t* bits)
+    : dtype(dtype_of(in)),
+      x(in.const_data_ptr()),
+      y(out.mutable_data_ptr()),
+      bits(bits),
+      numel(in.numel()),
+      streamed(is_streamed(in, out)) {}
 
-  void choose(const Range& range, int64_t channel, PreparedParams& params) const {
-    const ScaleZeroPoint chosen = choose_scale(range, quant_min, quant_max, symmetric);
-    scale[channel] = chosen.scale;
-    zero_point[channel] = chosen.zero_point;
-    params.set(channel, reciprocal_scale(chosen.scale), chosen.scale, static_cast<float>(chosen.zero_point));
+int64_t rows_a_unit(const Layout& layout) { return kStretch / std::gcd(layout.inner, kStretch); }
+
+// Blocks of whole rows, about half of a second-level cache each. What lies behind the last multiple of kStretch waits
+// for the next block.
+void quantize_rows(const QuantizeMemory& memory, const Layout& layout, const WeightState& state, PreparedParams& params,
+                   int64_t first, int64_t stop) {
+  constexpr int64_t kRowBlock = 32768;
+  const int64_t rows_a_block = std::max<int64_t>(1, kRowBlock / layout.inner);
+  int64_t done = first * layout.inner;
+  for (int64_t c = first; c < stop;) {
+    const int64_t block_end = std::min(stop, c + rows_a_block);
+    for (; c < block_end; ++c) state.choose(memory.range(c * layout.inner, (c + 1) * layout.inner), c, params);
+    const int64_t known = c == stop ? c * layout.inner : c * layout.inner / kStretch * kStretch;
+    if (known > done) memory.quantize(done, known, params.view());
+    done = std::max(done, known);
   }
-};
-
-// Blocks of whole rows, about half of a second-level cache each. Threads meet only where a row begins at a multiple
-// of kStretch; inside, what lies behind the last such multiple waits for the next block.
-void quantize_row_blocks(const at::Tensor& in, const at::Tensor& out, const at::Tensor& mask, const Layout& layout,
-                         const WeightState& state, PreparedParams& params) {
-  constexpr int64_t kBlock = 32768;
-  const FakeQuantizeLoops& loops = fake_quantize_loops();
-  const DType dtype = dtype_of(in);
-  const void* x = in.const_data_ptr();
-  void* y = out.mutable_data_ptr();
-  uint8_t* bits = mask.numel() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
-  const bool streamed = is_streamed(in, out);
-  const int64_t unit = kStretch / std::gcd(layout.inner, kStretch);
-  const int64_t units = (layout.channels + unit - 1) / unit;
-  const int64_t rows_a_block = std::max<int64_t>(1, kBlock / layout.inner);
-  at::parallel_for(0, units, std::max<int64_t>(1, kGrain / (unit * layout.inner)), [&](int64_t first, int64_t last) {
-    const int64_t stop = std::min(layout.channels, last * unit);
-    int64_t done = first * unit * layout.inner;
-    for (int64_t c = first * unit; c < stop;) {
-      const int64_t block_end = std::min(stop, c + rows_a_block);
-      for (; c < block_end; ++c)
-        state.choose(loops.range(dtype, x, c * layout.inner, (c + 1) * layout.inner), c, params);
-      const int64_t known = c == stop ? c * layout.inner : c * layout.inner / kStretch * kStretch;
-      if (known > done) loops.quantize(dtype, x, y, bits, done, known, params.view(), streamed);
-      done = std::max(done, known);
-    }
-  });
 }
+
+void run_fake_quantize_weight(const at::Tensor& in, const at::Tensor& out, const at::Tensor& mask, const Layout& layout,
+                              const WeightState& state, bool delayed) {
+  PreparedParams params(layout, state.quant_min, state.quant_max);
+  if (is_row_by_row(layout) && !delayed) {
+    const QuantizeMemory memory(in, out, mask_bits(mask));
+    const int64_t unit = rows_a_unit(layout), units = (layout.channels + unit - 1) / unit;
+    at::parallel_for(0, units, std::max<int64_t>(1, kGrain / (unit * layout.inner)), [&](int64_t first, int64_t last) {
+      quantize_rows(memory, layout, state, params, first * unit, std::min(layout.channels, last * unit));
+    });
+    return;
+  }
+  const std::vector<Range> ranges = channel_ranges(in, layout);
+  for (int64_t c = 0; c < layout.channels; ++c) state.choose(ranges[c], c, params);
+  if (delayed) return run_identity(in, out, mask);
+  params.finish();
+  run_fake_quantize(in, out, mask, params.view());
+}
+
+namespace {
 
 TensorPair fake_quantize_weight_cpu(const at::Tensor& x, at::Tensor& scale, at::Tensor& zero_point, int64_t quant_min,
                                     int64_t quant_max, bool symmetric, std::optional<int64_t> axis,
@@ -68,23 +73,9 @@ TensorPair fake_quantize_weight_cpu(const at::Tensor& x, at::Tensor& scale, at::
   auto [in, out] = dense_in_out(x);
   at::Tensor mask = new_mask(x, with_mask);
   if (x.numel() == 0) return {out, mask};
-  const Layout layout = layout_of(out, axis);
   const WeightState state{scale.mutable_data_ptr<float>(), zero_point.mutable_data_ptr<int32_t>(),
                           static_cast<int>(quant_min), static_cast<int>(quant_max), symmetric};
-  PreparedParams params(layout, quant_min, quant_max);
-  const bool delayed = is_delayed(step, start_step);
-  if (layout.outer == 1 && layout.channels > 1 && layout.inner >= kShortRow && !delayed) {
-    quantize_row_blocks(in, out, mask, layout, state, params);
-    return {out, mask};
-  }
-  const std::vector<Range> ranges = channel_ranges(in, layout);
-  for (int64_t c = 0; c < layout.channels; ++c) state.choose(ranges[c], c, params);
-  if (delayed) {
-    run_identity(in, out, mask);
-  } else {
-    params.finish();
-    run_fake_quantize(in, out, mask, params.view());
-  }
+  run_fake_quantize_weight(in, out, mask, layout_of(out, axis), state, is_delayed(step, start_step));
   return {out, mask};
 }
 

@@ -12,11 +12,9 @@
 #include "parallel.h"
 
 namespace quantkern::cpu {
-namespace {
 
-using MaybeTensor = std::optional<at::Tensor>;
-
-void prepare(PreparedParams& params, const Layout& layout, const at::Tensor& scale, const MaybeTensor& zero_point) {
+void set_lsq_params(PreparedParams& params, const Layout& layout, const at::Tensor& scale,
+                    const std::optional<at::Tensor>& zero_point) {
   const at::Tensor scales = scale.contiguous(), zeros = zero_point.has_value() ? zero_point->contiguous() : scales;
   const float *s = scales.const_data_ptr<float>(), *z = zeros.const_data_ptr<float>();
   for (int64_t c = 0; c < scales.numel(); ++c) {
@@ -26,13 +24,17 @@ void prepare(PreparedParams& params, const Layout& layout, const at::Tensor& sca
   params.finish();
 }
 
+namespace {
+
+using MaybeTensor = std::optional<at::Tensor>;
+
 at::Tensor lsq_cpu(const at::Tensor& x, const at::Tensor& scale, int64_t quant_min, int64_t quant_max,
                    std::optional<int64_t> axis, const MaybeTensor& zero_point) {
   axis = check_lsq(x, scale, quant_min, quant_max, axis, zero_point);
   auto [in, out] = dense_in_out(x);
   const Layout layout = layout_of(out, axis);
   PreparedParams params(layout, quant_min, quant_max);
-  prepare(params, layout, scale, zero_point);
+  set_lsq_params(params, layout, scale, zero_point);
   run_fake_quantize(in, out, new_mask(x, false), params.view());
   return out;
 }
@@ -109,7 +111,7 @@ LsqGradients run_backward(const at::Tensor& in, const at::Tensor& above, const a
   const Layout layout = layout_of(out, axis);
   const bool columns = layout.channels > 1 && layout.inner < kShortRow && layout.outer > 1;
   PreparedParams params(layout, quant_min, quant_max, /*as_columns=*/columns);
-  prepare(params, layout, scale, zero_point);
+  set_lsq_params(params, layout, scale, zero_point);
   const Backward work{dtype_of(in),           in.const_data_ptr(), above.const_data_ptr(),
                       out.mutable_data_ptr(), in.numel(),          is_streamed(in, out) && !above.is_same(out)};
   const std::vector<LsqSums> sums = params.is_columns()

@@ -26,27 +26,6 @@ enum class Granularity {
   kElements  // any layout: neighbours may belong to different channels
 };
 
-// Groups that run over the borders of rows: the channel is followed element by element, one division a group.
-template <class T>
-__device__ __forceinline__ unsigned quantize_across_rows(Group<T>& group, int64_t begin, const ChannelView& view,
-                                                         const Parameters& parameters, float quant_min,
-                                                         float quant_max) {
-  const int64_t row = begin / view.inner;
-  int64_t column = begin - row * view.inner, channel = row % view.channels;
-  Affine<float> affine = affine_of(parameters, channel);
-  unsigned bits = 0;
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j) {
-    bits |= quantize_in_place(group.lane[j], affine, quant_min, quant_max) << j;
-    if (++column == view.inner) {
-      column = 0;
-      channel = channel + 1 == view.channels ? 0 : channel + 1;
-      affine = affine_of(parameters, channel);
-    }
-  }
-  return bits;
-}
-
 template <class T, Granularity kGranularity>
 __global__ void __launch_bounds__(kBlock)
     fake_quantize_kernel(const T* x, T* y, uint8_t* mask, ChannelView view, Parameters parameters, Gate gate,

@@ -14,6 +14,7 @@
 
 #include "quantize_group.cuh"
 #include "ranges.cuh"
+#include "weight_choice.cuh"
 
 namespace quantkern::cuda {
 namespace {
@@ -21,22 +22,6 @@ namespace {
 constexpr int kRowBlock = 512;
 // Groups a thread of the row kernel keeps in registers, at most.
 constexpr int kMaxRowGroups = 4;
-
-// Where a channel's result goes.
-struct Choice {
-  float* scale;
-  int* zero_point;
-  int quant_min, quant_max;
-  bool symmetric;
-};
-
-__device__ __forceinline__ ScaleZeroPoint choose(const Range& range, const Choice& c) {
-  return choose_scale(range, c.quant_min, c.quant_max, c.symmetric);
-}
-__device__ __forceinline__ void write(const ScaleZeroPoint& chosen, int64_t channel, const Choice& c) {
-  c.scale[channel] = chosen.scale;
-  c.zero_point[channel] = chosen.zero_point;
-}
 
 template <class T, int kGroups>
 __global__ void __launch_bounds__(kRowBlock)

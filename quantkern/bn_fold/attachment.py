@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from quantkern.all_weights import take_off
 from quantkern.attach import Attachment, change_class, copy_of, count_step
 from quantkern.bn_fold.layers import FOLDED_NORMS, FOLDED_WEIGHTS, Folding
 from quantkern.bn_fold.pairs import float_class
@@ -122,5 +123,6 @@ def fold_model(model: nn.Module, attachments: Sequence[Attachment]) -> nn.Module
             identities[attachment.norm] = nn.Identity().train(attachment.norm.training)
         else:
             attachment.detach()
+    take_off(new)
     _replace(new, identities)
     return new

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from quantkern import functional
+from quantkern.ahead import Ahead, compute_learned, learned_result
 from quantkern.fake_quant import FakeQuant, is_recorded
 from quantkern.learned.initial_scale import initial_scale
 from quantkern.learned.state import LearnedState, LsqSpec
@@ -172,8 +173,16 @@ class LearnedFakeQuant(LearnedState):
 class LearnedWeight(LearnedFakeQuant):
     """A parametrization: the weight on its learned grid. Signed, with every value of the bits."""
 
+    compute_ahead = staticmethod(compute_learned)
+
     def __init__(self, label: str, spec: LsqSpec, weight: Tensor) -> None:
         super().__init__(label, spec, weight.shape[spec.axis] if spec.axis is not None else 1, weight.device)
+        self.ahead = Ahead()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The weight on its grid."""
+        result = learned_result(self, x)
+        return super().forward(x) if result is None else result
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to ``layer.weight`` sets the float weight."""

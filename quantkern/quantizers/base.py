@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from quantkern.all_weights import AllWeights
 from quantkern.attach import Attachment, DummyInput, OptimizerStepCounter, run_dummy
 from quantkern.config import Form, LayerPlan, plan_layers
 from quantkern.export.biases import round_biases
@@ -23,6 +24,7 @@ from quantkern.fake_quant import ActivationFakeQuant, WeightFakeQuant
 from quantkern.files import Target, publish, stage, target_of
 from quantkern.layer_quantizers import Kinds, Sizes
 from quantkern.lean_backward import LeanActivations
+from quantkern.quantizers.reusing import ReusesWeights
 from quantkern.ranks import keep_from_ddp, require_whole
 from quantkern.report import MAX_SATURATION, MIN_SQNR, Report, make_report
 from quantkern.settings import did_you_mean
@@ -30,7 +32,7 @@ from quantkern.settings import did_you_mean
 ConfigList = Sequence[Mapping[str, Any]]
 
 
-class Quantizer(nn.Module):
+class Quantizer(ReusesWeights, nn.Module):
     """A model and the fake-quantizers on it; called like the model, which stays reachable as ``bound_model``.
 
     The constructor checks everything and then puts the quantizers on the model's own layers. No module is renamed
@@ -71,7 +73,8 @@ class Quantizer(nn.Module):
         delayed = [attachment.layer for attachment in self._attachments if attachment.delayed]
         self._lean = LeanActivations(model)
         self._attach()
-        self._hooks: list[RemovableHandle] = []
+        self._weights = AllWeights(model, (attachment.weight for attachment in self._attachments))
+        self._hooks: list[RemovableHandle] = self._weights.attach(model)
         if optimizer is not None and delayed:
             self._hooks.append(optimizer.register_step_post_hook(OptimizerStepCounter(delayed)))
         self._exported = False

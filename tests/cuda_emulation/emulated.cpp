@@ -16,7 +16,9 @@
 #include "../../csrc/cuda/fake_quantize.cu"
 #include "../../csrc/cuda/fake_quantize_activation.cu"
 #include "../../csrc/cuda/fake_quantize_weight.cu"
+#include "../../csrc/cuda/fake_quantize_weights.cu"
 #include "../../csrc/cuda/lsq.cu"
+#include "../../csrc/cuda/lsq_weights.cu"
 #include "../../csrc/cuda/pack_signs.cu"
 #include "../../csrc/cuda/packed_max_pool2d.cu"
 
@@ -96,6 +98,49 @@ int fake_quantize_weight(int dtype, const void* x, void* y, uint8_t* mask, const
   if (const cudaError_t error = weight_workspace_bytes(arguments, bytes)) return error;
   Workspace workspace(bytes);
   return workspace.checked(launch_fake_quantize_weight(arguments, workspace.data(), nullptr));
+}
+
+// One entry a tensor; views holds three numbers of each, limits two.
+int fake_quantize_weights(int64_t count, const int64_t* dtypes, const void* const* xs, void* const* ys,
+                          uint8_t* const* masks, const int64_t* views, float* const* scales, int* const* zero_points,
+                          const int64_t* limits, const int64_t* symmetric, const int64_t* const* steps,
+                          int64_t start_step) {
+  std::vector<WeightArguments> weights;
+  for (int64_t i = 0; i < count; ++i)
+    weights.push_back({static_cast<DType>(dtypes[i]),
+                       xs[i],
+                       ys[i],
+                       masks[i],
+                       {views[3 * i], views[3 * i + 1], views[3 * i + 2]},
+                       scales[i],
+                       zero_points[i],
+                       static_cast<int>(limits[2 * i]),
+                       static_cast<int>(limits[2 * i + 1]),
+                       symmetric[i] != 0,
+                       {steps[i], start_step, nullptr}});
+  int64_t bytes = 0;
+  if (const cudaError_t error = weights_workspace_bytes(weights.data(), count, bytes)) return error;
+  Workspace workspace(bytes);
+  return workspace.checked(launch_fake_quantize_weights(weights.data(), count, workspace.data(), nullptr));
+}
+
+int lsq_weights(int64_t count, const int64_t* dtypes, const void* const* xs, void* const* ys, const int64_t* views,
+                const float* const* scales, const int64_t* limits) {
+  std::vector<FakeQuantizeArguments> weights;
+  for (int64_t i = 0; i < count; ++i) {
+    Parameters parameters;
+    parameters.scale = scales[i];
+    weights.push_back({static_cast<DType>(dtypes[i]),
+                       xs[i],
+                       ys[i],
+                       nullptr,
+                       {views[3 * i], views[3 * i + 1], views[3 * i + 2]},
+                       parameters,
+                       {},
+                       static_cast<int>(limits[2 * i]),
+                       static_cast<int>(limits[2 * i + 1])});
+  }
+  return launch_lsq_weights(weights.data(), count, nullptr);
 }
 
 int fake_quantize_activation(int dtype, const void* x, void* y, uint8_t* mask, const int64_t* view, float* running_min,
