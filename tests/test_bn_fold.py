@@ -749,6 +749,7 @@ def test_copies_live_on_their_own(kind: type) -> None:
     assert torch.equal(model.eval()(batch()), twin.eval()(batch()))
 
 
+@pytest.mark.usefixtures("scales_the_long_way")
 @BOTH
 @pytest.mark.parametrize("scheme", ["per_tensor_symmetric", "per_channel_symmetric"])
 def test_compiled_training_equals_eager(kind: type, scheme: str) -> None:

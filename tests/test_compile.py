@@ -30,6 +30,8 @@ from quantkern import (
     QAT_Quantizer,
 )
 
+pytestmark = pytest.mark.usefixtures("scales_the_long_way")
+
 BOTH = ["weight", "input", "output"]
 LAYERS = ["Conv2d", "Linear"]
 DELAY = 2
