@@ -22,6 +22,7 @@ from quantkern.config import CHILD_NAME
 from quantkern.fake_quant import ActivationFakeQuant, FakeQuant, Grid
 from quantkern.layer_quantizers import quantize_outputs
 from quantkern.learned.leaf_scale import NODE as SCALE_NODE
+from quantkern.learned.lsq import LearnedActivation
 
 _OPS = torch.ops.quantkern
 
@@ -62,18 +63,20 @@ def _clip(layer: nn.ReLU | nn.Hardtanh, x: Tensor, lower: float, upper: float) -
         return None
     if not layer.inplace:
         quantizer = _output_quantizer(layer)
-        if quantizer is None:
-            return functional.clip_activation(x, lower, upper)
-        quantizer.__dict__["clip"] = (lower, upper)
-        return x
+        if isinstance(quantizer, ActivationFakeQuant) and quantizer.clips():
+            quantizer.__dict__["clip"] = (lower, upper)
+            return x
+        if lower == 0 and upper == math.inf and isinstance(quantizer, LearnedActivation) and quantizer.is_relu():
+            return x
+        return functional.clip_activation(x, lower, upper)
     if x.is_leaf or not _is_dense(x):
         return None
     _OPS.clip_activation_.default(x, lower, upper)
     return x
 
 
-def _output_quantizer(layer: nn.Module) -> ActivationFakeQuant | None:
-    """What gets the layer's output next, with nobody looking at it in between, and can clip it in its own pass."""
+def _output_quantizer(layer: nn.Module) -> nn.Module | None:
+    """What gets the layer's output next, with nobody looking at it in between."""
     hooks = layer._forward_hooks
     if not hooks or next(iter(hooks.values())) is not quantize_outputs or layer._backward_hooks:
         return None
@@ -81,8 +84,7 @@ def _output_quantizer(layer: nn.Module) -> ActivationFakeQuant | None:
         return None
     if _module._global_backward_pre_hooks:
         return None
-    quantizer = layer._modules[CHILD_NAME]._modules.get("output")  # type: ignore[union-attr]
-    return quantizer if isinstance(quantizer, ActivationFakeQuant) and quantizer.clips() else None
+    return layer._modules[CHILD_NAME]._modules.get("output")  # type: ignore[union-attr]
 
 
 def _is_dense(x: Tensor) -> bool:

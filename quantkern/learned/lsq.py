@@ -203,6 +203,10 @@ class LearnedActivation(LearnedFakeQuant):
         """Every rank sees its own part of the batch, and all must go on with the same scale."""
         return _over_ranks(value, largest, self.everywhere)
 
+    def is_relu(self) -> bool:
+        """Whether it gives what is not positive 0, and no gradient to it or to the scale, as a ReLU before it would."""
+        return self.started and self.ready and self.zero_point is None and self.spec.quant_range[0] == 0
+
     def spec_for(self, negative: bool) -> LsqSpec:
         """A range 0 .. 2^b - 1 for tensors that are never negative, unless the rule says which."""
         return replace(self.rule, dtype="int" if negative else "uint") if self.rule.dtype == "auto" else self.rule
