@@ -21,6 +21,7 @@ from benchmarks import harness
 from benchmarks.networks import Network
 from benchmarks.quantized_networks import Build, Trainee, train_step
 from benchmarks.step_memory import STEP, WARM_STEPS, window
+from quantkern.ahead import Ahead
 from quantkern.fake_quant import FakeQuant, WeightFakeQuant
 from quantkern.learned import LearnedState
 
@@ -73,7 +74,7 @@ def floor_bytes(module: FakeQuant, x: Tensor, with_gradient: bool) -> float:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[dict[str, Span]]:
-    """Time every fake-quantizer of the model as long as this lasts."""
+    """Time every fake-quantizer of the model as long as this lasts, weights one by one."""
     spans: dict[str, Span] = {}
     modules = [module for module in model.modules() if isinstance(module, FakeQuant)]
     for module in modules:
@@ -88,11 +89,14 @@ def watched(model: nn.Module) -> Iterator[dict[str, Span]]:
 
 def _timed(module: FakeQuant, span: Span) -> Callable[[Tensor], Tensor]:
     forward = module.forward
+    place: Ahead = getattr(module, "ahead", Ahead())
+    place.seen = None
 
     def run(x: Tensor) -> Tensor:
         start = time.perf_counter_ns()
         y: Tensor = forward(x)
         span.forward.append(time.perf_counter_ns() - start)
+        place.seen = None  # not together with the other weights next time
         node = y.grad_fn
         own = node is not None and "Quantkern" in node.name()
         span.shape = "x".join(map(str, x.shape))
