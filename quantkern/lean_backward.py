@@ -54,6 +54,7 @@ def _keeps_bits(x: Tensor) -> bool:
         and x.requires_grad
         and x.is_floating_point()
         and has_native(x.device.type)
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
@@ -149,6 +150,8 @@ def keep_codes(layer: nn.Module, args: tuple[Any, ...], output: object) -> None:
     if torch.compiler.is_compiling() or type(output) is not Tensor or output.grad_fn is None:
         return
     if not has_native(output.device.type) or output.dtype is not torch.float32:
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return
     node: Any = output.grad_fn
     while (node.name() == SCALE_NODE or "View" in node.name()) and node.next_functions:

@@ -160,7 +160,8 @@ def test_everything_that_is_kept_for_the_backward_is_counted() -> None:
 
 
 def test_our_masks_of_one_bit_are_counted() -> None:
-    # At the end of the forward ours keeps besides what float does a quantized input and weight, and a mask.
+    # At the end of the forward ours keeps besides what float does a quantized input and weight, and a mask; of the
+    # second input, which float keeps whole, a byte an element, a scale, a zero point and a flag.
     x = torch.randn(64, 32)
     rules = [
         {
@@ -181,7 +182,8 @@ def test_our_masks_of_one_bit_are_counted() -> None:
     more = saved_by(quantized, x) - saved_by(network(), x)
     # The first input needs no gradient: it has no mask, and the first weight is not kept.
     first_input, second_mask, second_weight = x.nbytes, 64 * 128 // 8, 4 * 128 * 10
-    assert more == first_input + second_mask + second_weight
+    codes, whole = 64 * 128 + 3 * 4, 64 * 128 * 4
+    assert more == first_input + second_mask + second_weight + codes - whole
 
 
 def test_the_peak_of_a_step_holds_state_and_gradients() -> None:
@@ -244,9 +246,7 @@ def test_the_profile_times_every_tensor_and_leaves_the_model_as_it_was(
 ) -> None:
     spans = step_profile.show(SMALL, name, BUILT_IN["float"], BUILT_IN[name], CPU, steps=2)
     assert set(spans) == {"conv.weight", "conv.input", "fc.weight", "fc.input", "relu.output"}
-    # The learned scale of the first input asks for its layer's weight once more.
-    twice = {"conv.weight"} if name == "quantkern-lsq" else set()
-    assert all(len(one.forward) == (4 if label in twice else 2) for label, one in spans.items())
+    assert all(len(one.forward) == 2 for one in spans.values())
     assert all(one.forward_ms > 0 for one in spans.values())
     backwards = {label for label, one in spans.items() if one.backward}
     assert backwards >= {"conv.weight", "fc.weight", "fc.input", "relu.output"}
@@ -318,8 +318,7 @@ def test_micro_batches_of_ours_quantize_the_weights_once(name: str) -> None:
     operation = "lsq" if "lsq" in name else "fake_quantize"
     assert calls[f"quantkern::{operation}_weights_forward"] == 1
     layers = sum(hasattr(module, "parametrizations") for module in trainee.model.modules())
-    again = layers + (operation == "lsq")  # the scale of the first input asks for its layer's weight once more
-    assert calls[f"quantkern::{operation}_again"] == len(batches) * again
+    assert calls[f"quantkern::{operation}_again"] == len(batches) * layers
 
 
 def test_micro_batches_make_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,8 +232,9 @@ def test_a_copy_shares_its_ranges_on_its_own() -> None:
     _, _, quantizer = start("qat")
     twin = copy.deepcopy(quantizer)
     twin.share_ranges(False)
-    hooks = [list(one.bound_model._forward_hooks.values()) for one in (quantizer, twin)]
-    assert [[hook.enabled for hook in own] for own in hooks] == [[True], [False]]
+    hooks = [one.bound_model._forward_hooks.values() for one in (quantizer, twin)]
+    sharing = [[hook.enabled for hook in own if hasattr(hook, "enabled")] for own in hooks]
+    assert sharing == [[True], [False]]
 
 
 @every_case

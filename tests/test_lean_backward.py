@@ -333,3 +333,19 @@ def test_codes_refuse_what_does_not_fit_a_byte() -> None:
         OPS.to_codes(torch.ones(3, dtype=torch.float16), one, zero, 0, 255, None)
     with pytest.raises(ValueError, match="parameters must hold 3 values"):
         OPS.from_codes(torch.zeros(4, dtype=torch.uint8), torch.ones(2), 0, None)
+
+
+def test_function_transforms() -> None:
+    """torch.func has kernels for torch's own activations; a batch of one gives the gradients of autograd."""
+    model = nn.Sequential(nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 2))
+    QAT_Quantizer(model, [{"quant_types": ["weight"], "quant_bits": 8, "op_types": ["Linear"]}])
+    parameters, x = dict(model.named_parameters()), torch.randn(3, 96)
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (row,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for row in range(3):
+        expected = torch.autograd.grad(loss(parameters, x[row : row + 1]), list(parameters.values()))
+        for ours, value in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(ours[row], value)

@@ -2,7 +2,8 @@
 // tensor.
 //
 //   running = running * decay + batch * (1 - decay) -> scale, zero_point (numerics/ranges.h) -> y as in
-//   fake_quantize.cu, all of it of x within the bounds of clip where they are wanted; y is that x while the step has not come or a channel has seen no value
+//   fake_quantize.cu, all of it of x within the bounds of clip where they are wanted; y is that x while the step has
+//   not come or a channel has seen no value
 //
 // Layout: x, y and the mask in the order x lies in memory, [outer, channels, inner]; the state [channels].
 // Grid: ranges.cu, then one warp a channel for the state, then fake_quantize.cu. The state kernel raises a flag in the
@@ -80,7 +81,8 @@ cudaError_t launch_fake_quantize_activation(const ActivationArguments& a, void* 
   error = launch_ranges(a.dtype, a.x, plan, partials, a.observing, blocked, stream);
   if (error != cudaSuccess) return error;
   const State state = {a.running_min, a.running_max, a.scale,     a.zero_point,
-                       a.quant_min,   a.quant_max,   a.symmetric, ema_factors(a.ema_decay), a.clip};
+                       a.quant_min,   a.quant_max,   a.symmetric, ema_factors(a.ema_decay),
+                       a.clip};
   error = launch(update_state_kernel, ceil_div(a.view.channels, kBlock / kWarp), kBlock, stream, plan, partials, state,
                  a.observing, blocked);
   if (error != cudaSuccess) return error;

@@ -94,6 +94,16 @@ def _is_between(layer: nn.Module, pre_hook: object) -> bool:
     return bool(before and after) and before[-1] is pre_hook and after[0] is scale_through_product
 
 
+def _weight_of(layer: nn.Module, node: Any) -> Tensor:
+    """The weight that the layer has just multiplied by, without asking for it a second time where it is at hand."""
+    if node.name() == "ConvolutionBackward0" and node._saved_weight is not None:
+        return node._saved_weight.detach()  # type: ignore[no-any-return]
+    with torch.no_grad():
+        weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def scale_through_product(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
     """Forward hook, the first: hangs the scale on the output of the layer it quantized the input of."""
     quantizer = layer.quantkern._modules["input"]  # type: ignore[union-attr]
@@ -102,8 +112,6 @@ def scale_through_product(layer: nn.Module, args: tuple[Any, ...], output: Tenso
         return None
     low, high = quantizer.spec.quant_range
     settings = (low, high, quantizer.grad_scale(x, None))
-    with torch.no_grad():
-        weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = _weight_of(layer, output.grad_fn)
     result: Tensor = _ScaleThroughProduct.apply(output, quantizer.scale, weight, x, layer, settings)  # type: ignore
     return result
