@@ -128,9 +128,10 @@ class RangeSharing:
     def __call__(self, model: nn.Module, args: object, output: object) -> None:
         """The hook."""
         if self.enabled and model.training and (self.group is not None or trains_distributed(model)):
-            self.share(model)
+            from quantkern.outside_graphs import call_outside_graphs
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+            call_outside_graphs(self.share, model)
+
     def share(self, model: nn.Module) -> None:
         """Share now, when this forward belongs to a step of all ranks."""
         group = self.ranks(model)
@@ -239,9 +240,10 @@ class StartSharing:
     def __call__(self, model: nn.Module, args: object) -> None:
         """The hook."""
         if model.training and trains_distributed(model):
-            self.share(model)
+            from quantkern.outside_graphs import call_outside_graphs
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+            call_outside_graphs(self.share, model)
+
     def share(self, model: nn.Module) -> None:
         """Share the scales that have started on some rank for the first time."""
         running = running_ddp()
