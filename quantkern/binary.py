@@ -422,10 +422,20 @@ def _check_images(
     dilation: tuple[int, int],
 ) -> None:
     _check_operands(x, weight, channels, 4, ("x", "weight"))
-    if min(ops.conv_sizes(x.shape[1:3], weight.shape[1:3], list(stride), list(padding), list(dilation))) < 1:
+    _check_kernel_fits(x.shape[1:3], weight.shape[1:3], stride, padding, dilation)
+
+
+def _check_kernel_fits(
+    image: Sequence[int],
+    kernel: Sequence[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> None:
+    if min(ops.conv_sizes(image, kernel, list(stride), list(padding), list(dilation))) < 1:
         raise ValueError(
-            f"the kernel {list(weight.shape[1:3])} with dilation {list(dilation)} is larger than the image "
-            f"{list(x.shape[1:3])} with padding {list(padding)}"
+            f"the kernel {list(kernel)} with dilation {list(dilation)} is larger than the image {list(image)} "
+            f"with padding {list(padding)}"
         )
 
 
@@ -637,6 +647,7 @@ def sign_conv2d(
         raise ValueError(
             f"x must be [N, C, H, W] and weight [O, C, kh, kw], got shapes {list(x.shape)} and {list(weight.shape)}"
         )
+    _check_kernel_fits(x.shape[2:], weight.shape[2:], *geometry)
     if chosen is Backend.TRITON:
         y: Tensor = _TritonSignConv2d.apply(x, weight, bias, *geometry)  # type: ignore[no-untyped-call]
         return y

@@ -69,14 +69,15 @@ _DOREFA_GRADIENT = _OPS.dorefa_gradient.default
 
 
 def _as_parameter(value: Tensor | float, x: Tensor, axis: int | None, dtype: torch.dtype, name: str) -> Tensor:
-    """A scale or zero point as a tensor; the operators check shape and device."""
+    """A scale or zero point as a tensor, float32 where it is no integer; the operators check shape and device."""
     if isinstance(value, Tensor):
         kept = value.dtype is dtype or value.dtype is torch.float32
-        return value if kept else value.to(dtype)
-    if isinstance(value, (list, tuple)):
-        return torch.tensor(value, dtype=dtype, device=x.device)
-    if isinstance(value, (int, float)) and axis is None:
-        return torch.tensor(value, dtype=dtype, device=x.device)
+        return value if kept else value.to(torch.float32 if value.is_floating_point() else dtype)
+    several = isinstance(value, (list, tuple))
+    if several or (isinstance(value, (int, float)) and axis is None):
+        numbers: Any = value if several else (value,)
+        whole = all(float(number).is_integer() for number in numbers)
+        return torch.tensor(value, dtype=dtype if whole else torch.float32, device=x.device)
     expected = "a number or a 1-element tensor" if axis is None else "a vector with one value a channel"
     raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
 
@@ -117,6 +118,14 @@ def _check_scale_on_host(scale: Tensor) -> None:
         if bool(bad.any()):
             value = scale.reshape(-1)[bad.reshape(-1)][0].item()
             raise ValueError(f"scale must be positive and finite, got {value}")
+
+
+def _check_zero_point_on_host(zero_point: Tensor, quant_min: int, quant_max: int) -> None:
+    if zero_point.device.type == "cpu" and zero_point.dtype is torch.int32 and not torch.compiler.is_compiling():
+        bad = (zero_point < quant_min) | (zero_point > quant_max)
+        if bool(bad.any()):
+            value = zero_point.reshape(-1)[bad.reshape(-1)][0].item()
+            raise ValueError(f"zero_point must lie in [{quant_min}, {quant_max}], got {value}")
 
 
 def fake_quantize(
@@ -186,13 +195,11 @@ def fake_quantize(
     for value, name in ((scale, "scale"), (zero_point, "zero_point")):
         _check_parameter(value, x, axis, name)
     _check_scale_on_host(scale)
+    _check_zero_point_on_host(zero_point, quant_min, quant_max)
     if chosen is Backend.TRITON:
         twin = triton_twins.fake_quantize_forward
         return run_triton(twin, x, scale, zero_point, quant_min, quant_max, axis, step, start_step)
-    if step is None:
-        return reference.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
-    y = reference.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis)
-    return torch.where(step >= start_step, y, x)
+    return _delayed(x, reference.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis), step, start_step)
 
 
 def fake_quantize_weight(
@@ -256,7 +263,7 @@ def fake_quantize_weight(
     y, new_scale, new_zero_point = reference.fake_quantize_weight(x, quant_min, quant_max, symmetric, axis)
     _write(scale, new_scale)
     _write(zero_point, new_zero_point)
-    return y if step is None else torch.where(step >= start_step, y, x)
+    return _delayed(x, y, step, start_step)
 
 
 def fake_quantize_activation(
@@ -363,7 +370,13 @@ def fake_quantize_activation(
     for value, new, old in zip(state.values(), observed[1:], frozen[1:], strict=True):
         _write(value, torch.where(on, new, old))
     y = torch.where(on, observed[0], frozen[0])
-    return y if step is None else torch.where(step >= start_step, y, x)
+    return _delayed(x, y, step, start_step)
+
+
+def _delayed(x: Tensor, y: Tensor, step: Tensor | None, start_step: int) -> Tensor:
+    """y, or x itself before the step from which an operation quantizes."""
+    # A counter of one element must not add a dimension to a 0-d x.
+    return y if step is None else torch.where(step.reshape(()) >= start_step, y, x)
 
 
 def _write(target: Tensor, value: Tensor) -> None:

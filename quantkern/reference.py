@@ -310,13 +310,15 @@ class DorefaWeight(torch.autograd.Function):
             mean = wide.abs().double().mean().to(wide.dtype)
             return torch.where(wide >= 0, mean, torch.where(wide < 0, -mean, wide)).to(w.dtype)
         t, steps = torch.tanh(wide), float(2**bits - 1)
+        if not t.numel():
+            return w.clone()
         largest = t.abs().nan_to_num(0.0).amax().clamp(min=SMALLEST_SCALE)
         return (2 * (torch.round((t / (2 * largest) + 0.5) * steps) / steps) - 1).to(w.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: D102
         (w,) = ctx.saved_tensors
-        if ctx.bits == 1:
+        if ctx.bits == 1 or not w.numel():
             return grads[0], None
         grad, wide = (v if v.dtype is torch.float64 else v.float() for v in (grads[0], w))
         t = torch.tanh(wide)
@@ -325,7 +327,8 @@ class DorefaWeight(torch.autograd.Function):
         if largest == 0:
             return torch.zeros_like(grads[0]), None
         at_largest = magnitude == largest
-        through_largest = (grad * t).double().sum().to(t.dtype) / (largest * largest) / at_largest.sum()
+        # Not largest * largest, which underflows where every weight is tiny.
+        through_largest = (grad * t).double().sum().to(t.dtype) / largest / largest / at_largest.sum()
         dt = grad / largest - torch.where(at_largest, torch.sign(t) * through_largest, torch.zeros_like(t))
         return (dt * (1 - t * t)).to(grads[0].dtype), None
 
@@ -344,7 +347,7 @@ def dorefa_weight(w: Tensor, bits: int) -> Tensor:
 def dorefa_activation(x: Tensor, bits: int) -> Tensor:
     """q(clip(x, 0, 1)) with q as in ``dorefa_weight``; the gradient passes where 0 <= x <= 1 (section 2.4)."""
     wide, steps = (x.detach() if x.dtype is torch.float64 else x.detach().float()), float(2**bits - 1)
-    y = torch.round(wide.clamp(0, 1) * steps) / steps
+    y = torch.round((wide.clamp(0, 1) + 0.0) * steps) / steps  # + 0.0: the grid has one zero, +0
     return straight_through(x, y.to(x.dtype), (wide >= 0) & (wide <= 1))
 
 
@@ -366,24 +369,27 @@ def philox(seed: int, count: int) -> Tensor:
     return torch.stack(words, 1).reshape(-1)[:count]
 
 
+def gradient_noise(grad: Tensor, seed: int) -> Tensor:
+    """Uniform in [-1/2, 1/2), float32: word i of ``philox(seed)`` for element i of grad in memory order."""
+    noise = torch.empty_like(grad, dtype=torch.float32)
+    uniform = (philox(seed, grad.numel()) >> 8).to(torch.float32) * 2.0**-24 - 0.5
+    noise.as_strided((noise.numel(),), (1,)).copy_(uniform)
+    return noise
+
+
 def dorefa_gradient(grad: Tensor, bits: int, seed: int) -> Tensor:
     """2 M (q(g / (2 M) + 1/2 + noise) - 1/2), M the largest |g| of each sample (first axis), 0 where M is 0.
 
-    noise is uniform in [-1/2, 1/2) / n, word i of ``philox(seed)`` for element i in memory order; q is clamped to
-    [0, 1]. A sample whose M is not finite comes back unchanged, so that loss scaling sees it (section 2.5, eq. 12).
+    noise is ``gradient_noise`` / n; q is clamped to [0, 1]. A sample whose M is not finite comes back unchanged, so
+    that loss scaling sees it (section 2.5, eq. 12).
     """
-    dense = grad if grad.is_contiguous() else torch.empty_like(grad).copy_(grad)
-    in_memory = dense.as_strided((dense.numel(),), (1,))
-    uniform = (philox(seed, grad.numel()) >> 8).to(torch.float32) * 2.0**-24 - 0.5
-    noise = torch.empty_like(dense, dtype=torch.float32)
-    noise.as_strided((in_memory.numel(),), (1,)).copy_(uniform)
     steps = float(2**bits - 1)
     wide = grad if grad.dtype is torch.float64 else grad.float()
-    rows = wide.reshape(wide.shape[0], -1) if wide.dim() > 1 else wide.reshape(1, -1)
+    rows = wide.flatten(1) if wide.dim() > 1 else wide.reshape(1, -1)
     largest = torch.where(rows.isnan(), 0, rows.abs()).amax(1) if rows.numel() else rows.new_zeros(rows.shape[0])
     shape = [-1] + [1] * (grad.dim() - 1) if grad.dim() > 1 else [1] * grad.dim()
     width = (2 * largest).reshape(shape)
-    q = torch.round((wide / width + 0.5) * steps + noise.to(wide.dtype)).clamp(0, steps)
+    q = torch.round((wide / width + 0.5) * steps + gradient_noise(grad, seed).to(wide.dtype)).clamp(0, steps)
     y = torch.where(width > 0, (q / steps - 0.5) * width, torch.zeros_like(wide))
     return torch.where(torch.isfinite(width), y, wide).to(grad.dtype)
 

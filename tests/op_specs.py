@@ -11,39 +11,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import op_draws
+import op_draws_binary as binary
+import op_draws_lists
+import op_draws_observers
 import torch
+from op_sample import DTYPES, LOW_PRECISION, Run, Sample, make_x
+from strategies import Draw
 from torch import Tensor
+from trials import Trial
 
 from quantkern import Backend
 from quantkern import functional as F
-
-Run = Callable[[Tensor, Backend], tuple[Tensor, ...]]
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-EDGES = (0.0, -0.0, 0.5, 1.5, 2.5, -0.5, -2.5, 1e-45, -1e-40, 3e38, -3e38, math.inf, -math.inf, math.nan, 7.5, -8.5)
-"""Zeros, ties, denormals, huge values, infinities, NaN, and ties at the ends of a 4-bit range."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One way of calling an operation on tensors of ``shape``."""
-
-    name: str
-    shape: tuple[int, ...]
-    run: Run
-    edges: bool = True
-    """Whether x may hold infinities: where they are part of the statistics, there is nothing left to compare."""
-
-    step: float | None = None
-    """None: results equal the reference's to the last bit. Else the size of a quantization step: at most one element in
-    a thousand (and one in all) may be off by one step, and gradients by a few units in the last place, because tanh is
-    a function of our own."""
-
-    like_x: bool = True
-    """Whether the result has x's shape, strides and dtype."""
-
-    differentiable: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,20 +44,13 @@ class OpSpec:
     samples: tuple[Sample, ...]
     bad: tuple[Bad, ...]
     op_calls: Callable[[], Iterator[tuple[Any, tuple[Any, ...]]]]
+    draws: tuple[Callable[[Draw], Trial], ...]
+    """One for each public function, which it is named after: how tests/fuzz.py calls it at random."""
+
     dtypes: tuple[torch.dtype, ...] = field(default=DTYPES)
 
     looped: bool = False
     """Whether Triton runs it as a loop over another operation's twin."""
-
-
-def make_x(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, seed: int = 0, edges: bool = True) -> Tensor:
-    """Random values of about +-3 with the edge values first, as far as they fit."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 1.5
-    if edges and x.numel():
-        count = min(len(EDGES), x.numel())
-        x.view(-1)[:count] = torch.tensor(EDGES[:count], dtype=torch.float64)
-    return x.to(dtype)
 
 
 def _int32(*values: int) -> Tensor:
@@ -252,6 +224,7 @@ FAKE_QUANTIZE = OpSpec(
         ),
     ),
     op_calls=lambda: _fake_quantize_op_calls(),
+    draws=(op_draws.fake_quantize,),
 )
 
 FAKE_QUANTIZE_WEIGHT = OpSpec(
@@ -307,6 +280,7 @@ FAKE_QUANTIZE_WEIGHT = OpSpec(
         ),
     ),
     op_calls=lambda: _weight_op_calls(),
+    draws=(op_draws.fake_quantize_weight,),
 )
 
 FAKE_QUANTIZE_ACTIVATION = OpSpec(
@@ -373,6 +347,7 @@ FAKE_QUANTIZE_ACTIVATION = OpSpec(
         ),
     ),
     op_calls=lambda: _activation_op_calls(),
+    draws=(op_draws.fake_quantize_activation,),
 )
 
 
@@ -412,6 +387,7 @@ LSQ = OpSpec(
         Bad("axis", lambda: F.lsq(torch.ones(3), torch.ones(3), -8, 7, 1), IndexError, "axis must lie in"),
     ),
     op_calls=lambda: _lsq_op_calls(),
+    draws=(op_draws.lsq,),
 )
 
 
@@ -544,6 +520,7 @@ FAKE_QUANTIZE_WEIGHTS = OpSpec(
         ),
     ),  # fmt: skip
     op_calls=lambda: _weights_op_calls(),
+    draws=(op_draws_lists.fake_quantize_weights,),
     looped=True,
 )
 
@@ -572,10 +549,9 @@ LSQ_WEIGHTS = OpSpec(
         Bad("axis", lambda: F.lsq_weights([torch.ones(3)], [torch.ones(3)], [-8], [7], [1]), IndexError, "axis must"),
     ),
     op_calls=lambda: _lsq_weights_op_calls(),
+    draws=(op_draws_lists.lsq_weights,),
     looped=True,
 )
-
-LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _dorefa(function: Callable[..., Tensor], bits: int, **options: Any) -> Run:
@@ -597,6 +573,7 @@ DOREFA_WEIGHT = OpSpec(
         Bad("integer_tensor", lambda: F.dorefa_weight(torch.arange(3), 2), TypeError, "floating-point"),
     ),
     op_calls=lambda: _dorefa_weight_op_calls(),
+    draws=(op_draws.dorefa_weight,),
     dtypes=LOW_PRECISION,
 )
 
@@ -613,6 +590,7 @@ DOREFA_ACTIVATION = OpSpec(
         Bad("double", lambda: F.dorefa_activation(torch.ones(3).double(), 2), TypeError, "float64"),
     ),
     op_calls=lambda: _dorefa_activation_op_calls(),
+    draws=(op_draws.dorefa_activation,),
     dtypes=LOW_PRECISION,
 )
 
@@ -636,6 +614,7 @@ DOREFA_GRADIENT = OpSpec(
         ),
     ),
     op_calls=lambda: _dorefa_gradient_op_calls(),
+    draws=(op_draws.dorefa_gradient, op_draws.quantize_gradient),
     dtypes=LOW_PRECISION,
 )
 
@@ -657,6 +636,7 @@ BINARIZE = OpSpec(
         ),
     ),
     op_calls=lambda: _binarize_op_calls(),
+    draws=(op_draws.binarize,),
 )
 
 
@@ -685,6 +665,7 @@ CLIP_ACTIVATION = OpSpec(
         ),
     ),
     op_calls=lambda: _clip_op_calls(),
+    draws=(op_draws_lists.clip_activation,),
 )
 
 
@@ -834,6 +815,7 @@ PACK_SIGNS = OpSpec(
         Bad("unpack_to_int", lambda: F.unpack_signs(_int32(1)[None], 3, torch.int8), TypeError, "floating-point"),
     ),
     op_calls=lambda: _pack_op_calls(),
+    draws=(binary.pack_signs, binary.unpack_signs),
 )
 
 BINARY_MATMUL = OpSpec(
@@ -893,6 +875,7 @@ BINARY_MATMUL = OpSpec(
         Bad("device", lambda: F.binary_matmul(_signs(2, 40), _signs(3, 40).to("meta"), 40), ValueError, "b is on meta"),
     ),
     op_calls=lambda: _matmul_op_calls(),
+    draws=(binary.binary_matmul, binary.binary_matmul_sign, binary.binary_linear, binary.sign_linear),
 )
 
 BINARY_CONV2D = OpSpec(
@@ -925,6 +908,7 @@ BINARY_CONV2D = OpSpec(
         ),
     ),
     op_calls=lambda: _conv_op_calls(),
+    draws=(binary.binary_conv2d, binary.binary_conv2d_sign, binary.sign_conv2d),
 )
 
 PACKED_MAX_POOL2D = OpSpec(
@@ -942,6 +926,7 @@ PACKED_MAX_POOL2D = OpSpec(
         Bad("large", lambda: F.packed_max_pool2d(_signs(1, 5, 5, 4), _int32(0), 7), ValueError, "larger than"),
     ),
     op_calls=lambda: _pool_op_calls(),
+    draws=(binary.packed_max_pool2d,),
 )
 
 
@@ -1153,3 +1138,11 @@ WITHOUT_TWIN: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
 }
 """Operations that only compiled kernels have, with arguments for opcheck. Without them quantkern.observers takes
 operations of torch (tests/test_observers.py compares both), and quantkern.lean_backward changes nothing."""
+
+
+def every_draw() -> dict[str, Callable[[Draw], Trial]]:
+    """By the name of the function that it calls."""
+    draws = [draw for spec in SPECS for draw in spec.draws]
+    draws += [op_draws_observers.observe_histogram, op_draws_observers.histogram_range]
+    draws += [op_draws_lists.to_codes, op_draws_lists.from_codes]
+    return {draw.__name__: draw for draw in draws}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from op_specs import make_x
+from op_sample import make_x
 from torch import Tensor
 
 from quantkern import Backend, reference

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from op_specs import SPECS, Bad, OpSpec, Sample, make_x
+from op_sample import Sample, make_x
+from op_specs import SPECS, Bad, OpSpec
 from torch import Tensor
 
 from quantkern import _C, Backend

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from op_specs import make_x
+from op_sample import make_x
 
 from quantkern import Backend, reference
 from quantkern import functional as F

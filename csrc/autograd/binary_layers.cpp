@@ -130,8 +130,15 @@ struct SignConv2dBackward : public SignsNode {
 // Unlike Tensor::to not an operator where there is nothing to do: kernels may not return what they were given.
 at::Tensor with_dtype(const at::Tensor& x, at::ScalarType dtype) { return x.scalar_type() == dtype ? x : x.to(dtype); }
 
-MaybeTensor as_float(const MaybeTensor& bias) {
-  return bias.has_value() ? MaybeTensor(with_dtype(*bias, at::kFloat)) : std::nullopt;
+// Sums and biases are added in float32, but for float64 layers: that would round away half the digits of their bias.
+MaybeTensor bias_of_sums(const MaybeTensor& bias, at::ScalarType dtype) {
+  return bias.has_value() && dtype != at::kDouble ? MaybeTensor(with_dtype(*bias, at::kFloat)) : std::nullopt;
+}
+
+at::Tensor layer_output(const at::Tensor& sums, at::ScalarType dtype, const MaybeTensor& bias,
+                        at::IntArrayRef bias_sizes) {
+  const at::Tensor y = with_dtype(sums, dtype);
+  return bias.has_value() && dtype == at::kDouble ? y.add_(bias->view(bias_sizes)) : y;
 }
 
 bool any_needs_gradient(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
@@ -161,8 +168,9 @@ at::Tensor sign_linear(const at::Tensor& x, const at::Tensor& weight, const Mayb
     std::vector<int64_t> sizes = x.sizes().vec();
     const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
     sizes.back() = weight.size(0);
-    y = multiply(packed.view({rows, packed.size(-1)}), packed_weight, k, as_float(bias)).view(sizes);
-    y = with_dtype(y, x.scalar_type());
+    const MaybeTensor fused = bias_of_sums(bias, x.scalar_type());
+    y = multiply(packed.view({rows, packed.size(-1)}), packed_weight, k, fused).view(sizes);
+    y = layer_output(y, x.scalar_type(), bias, {-1});
   }
   const at::Tensor added = bias.value_or(at::Tensor());
   if (!any_needs_gradient(x, weight, added)) return y;
@@ -185,7 +193,9 @@ at::Tensor sign_conv2d(const at::Tensor& x, const at::Tensor& weight, const Mayb
     at::AutoDispatchBelowADInplaceOrView below;
     packed = pack(x, 1);
     packed_weight = pack(weight, 1);
-    y = with_dtype(convolve(packed, packed_weight, x.size(1), geometry, as_float(bias), last), x.scalar_type());
+    const MaybeTensor fused = bias_of_sums(bias, x.scalar_type());
+    y = convolve(packed, packed_weight, x.size(1), geometry, fused, last);
+    y = layer_output(y, x.scalar_type(), bias, {-1, 1, 1});
   }
   const at::Tensor added = bias.value_or(at::Tensor());
   if (!any_needs_gradient(x, weight, added)) return y;

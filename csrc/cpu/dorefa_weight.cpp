@@ -80,7 +80,8 @@ at::Tensor dorefa_weight_backward_cpu(const at::Tensor& grad, const at::Tensor& 
     sums.at_largest += part.at_largest;
   }
   if (sums.at_largest == 0) return out;
-  const float through = static_cast<float>(sums.grad_tanh) / (m * m) / static_cast<float>(sums.at_largest);
+  // Not m * m, which underflows where every weight is tiny.
+  const float through = static_cast<float>(sums.grad_tanh) / m / m / static_cast<float>(sums.at_largest);
   for (size_t i = 0; i < parts.size(); ++i) {
     if (parts[i].at_largest == 0) continue;
     const int64_t begin = static_cast<int64_t>(i) * kSumStretch, end = std::min(in.numel(), begin + kSumStretch);

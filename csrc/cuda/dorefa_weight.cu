@@ -132,7 +132,8 @@ __device__ __forceinline__ float gradient_of_largest(const RangePlan& plan, cons
   }
   sum = block_sum(sum);
   at_largest = block_sum(at_largest);
-  return static_cast<float>(sum) / (m * m) / static_cast<float>(at_largest);
+  // Not m * m, which underflows where every weight is tiny.
+  return static_cast<float>(sum) / m / m / static_cast<float>(at_largest);
 }
 
 template <class T>

@@ -48,7 +48,8 @@ QK_HOST_DEVICE V dorefa_weight_gradient_lane(V w, V grad, V largest, V& t) {
 
 template <class V>
 QK_HOST_DEVICE V dorefa_activation_lane(V x, V zero, V one, V steps) {
-  return round_even(min_lane(one, max_lane(zero, x)) * steps) / steps;
+  // + zero: -0 becomes +0, also where rounding would keep its sign.
+  return round_even((min_lane(one, max_lane(zero, x)) + zero) * steps) / steps;
 }
 
 // 2 M (q(g / (2 M) + 1/2 + noise / n) - 1/2); width = 2 * M, noise in [-1/2, 1/2)

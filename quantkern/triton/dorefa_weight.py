@@ -139,7 +139,8 @@ def dorefa_weight_at_largest_kernel(
     part = tl.arange(0, PARTS)
     sums = tl.load(sums_ptr + part, mask=part < tl.num_programs(0), other=0.0).to(tl.float64)
     counts = tl.load(counts_ptr + part, mask=part < tl.num_programs(0), other=0).to(tl.int64)
-    through = tl.div_rn(tl.sum(sums, axis=0).to(tl.float32), m * m)
+    # Not m * m, which underflows where every weight is tiny.
+    through = tl.div_rn(tl.div_rn(tl.sum(sums, axis=0).to(tl.float32), m), m)
     through = tl.div_rn(through, tl.sum(counts, axis=0).to(tl.float32))
     tiles = tl.where(tl.load(counts_ptr + tl.program_id(0)) > 0, tl.cdiv(numel, BLOCK), 0)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):

@@ -242,9 +242,8 @@ def dorefa_weight_gradient_lane(w: tl.tensor, grad: tl.tensor, largest: tl.tenso
 def dorefa_activation_lane(x: tl.tensor, steps: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """(q(clip(x, 0, 1)), whether the gradient passes)."""
     clipped = min_lane(1.0, max_lane(0.0, x))
-    # round_even turns -0.0 into 0.0, the rounding instructions of other devices do not.
-    rounded = tl.where(clipped == 0.0, clipped, round_even(clipped * steps))
-    return tl.div_rn(rounded, steps), x == clipped
+    # round_even turns -0.0 into 0.0, as is asked for.
+    return tl.div_rn(round_even(clipped * steps), steps), x == clipped
 
 
 @triton.jit

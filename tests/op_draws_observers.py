@@ -1,0 +1,94 @@
+"""How the loops of the observers are called at random; what they are compared with are operations of torch."""
+
+from __future__ import annotations
+
+import oracles
+import strategies as st
+import torch
+from op_draws import dtype_of
+from op_sample import Sample
+from strategies import Draw, Grid, chance, pick
+from torch import Tensor
+from trials import Outcome, Trial
+
+from quantkern import Backend, clip_range
+from quantkern.clip_range import Levels
+from quantkern.observers import HistogramObserver, Observer, ObserverSpec
+
+
+def seen_by(x: Tensor, axis: int | None, batches: int, backend: Backend) -> HistogramObserver:
+    """An observer after some batches, each twice as large as the one before."""
+    scheme = "per_tensor_affine" if axis is None else "per_channel_affine"
+    spec = ObserverSpec(8, "uint", scheme, axis=axis, observer="histogram")
+    observer = HistogramObserver(spec, 0 if axis is None else x.shape[axis])
+    for k in range(batches):
+        batch = x * 2**k
+        if backend is Backend.REFERENCE:
+            Observer.take_in(observer, batch, axis)
+        else:
+            observer.take_in(batch, axis)
+    return observer
+
+
+def observe_histogram(draw: Draw) -> Trial:
+    dtype, shape = dtype_of(draw), st.shapes(draw, empty=False)
+    axis = st.axes(draw, shape)
+    axis = None if axis is None else axis % len(shape)
+    x = st.laid_out(draw, shape, dtype, Grid(st.scales(draw, usable=True)), finite=chance(draw, 80))
+    batches = draw.integer(1, 3)
+
+    def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
+        observer = seen_by(x, axis, batches, backend)
+        whole = (observer.batches, observer.spoiled)
+        if bool(observer.spoiled):  # the range and the counts are never read again
+            return whole
+        return (*whole, observer.low, observer.high, observer.counts, observer.exponent, observer.origin)
+
+    def oracle(outcome: Outcome) -> None:
+        if len(outcome.results) == 2:
+            return
+        observer = seen_by(x, axis, batches, Backend.NATIVE)
+        batches_as_rows = [(x * 2**k).float().double().unsqueeze(-1) for k in range(batches)]
+        values = [b.reshape(1, -1) if axis is None else b.movedim(axis, 0).flatten(1) for b in batches_as_rows]
+        # Counted in widths of a bin; a value that float32 takes for 0 in the widths of its time may be counted as 0.
+        widths = torch.cat(values, 1) * 2.0 ** -observer.exponent.double().unsqueeze(1)
+        edges = torch.arange(-1, observer.bins).double() + observer.origin.unsqueeze(1)
+        # Bins are open below and closed above.
+        exact, coarse = (
+            torch.searchsorted(w.sort(1).values, edges, right=True) for w in (widths, widths.float().double())
+        )
+        got = torch.nn.functional.pad(observer.counts.cumsum(1), (1, 0))
+        between = (got >= torch.minimum(exact, coarse)) & (got <= torch.maximum(exact, coarse))
+        assert bool(between.all()), "counts are not those of the edges"
+        assert bool((got[:, -1] == widths.shape[1]).all()), "values outside"
+
+    sample = Sample("observe_histogram", shape, run, like_x=False, differentiable=False)
+    return Trial(sample, x, oracle)
+
+
+def histogram_range(draw: Draw) -> Trial:
+    shape = (pick(draw, (1, 2, 3)), draw.integer(1, 60))
+    x = st.numbers(draw, shape[0] * shape[1], torch.float32, Grid(0.1), finite=True).reshape(shape)
+    x = x.clamp(-1e6, 1e6) if chance(draw, 80) else x
+    low, high = pick(draw, ((0, 255), (0, 127), (-127, 127), (0, 15), (-7, 7), (0, 3)))
+    levels = Levels(low, high, symmetric=low < 0)
+    histogram = seen_by(x, 0, 1, Backend.REFERENCE).histogram()
+
+    def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
+        if backend is Backend.REFERENCE:
+            return clip_range.smallest_error(histogram, levels)
+        rows = histogram.counts, histogram.edges, histogram.low, histogram.high
+        found: tuple[Tensor, ...] = torch.ops.quantkern.histogram_range.default(*rows, low, high, levels.symmetric)
+        return found
+
+    def oracle(outcome: Outcome) -> None:
+        """Another range may be found where two have equal errors but for rounding."""
+        errors = []
+        for found in (outcome.results, run(x, Backend.REFERENCE)):
+            ends = [value.unsqueeze(1) for value in found]
+            errors.append(clip_range.squared_errors(histogram.without_zeros(), *ends, levels))
+        spread = (histogram.edges[:, -1:] - histogram.edges[:, :1]) ** 2 * histogram.counts.sum(1, keepdim=True)
+        oracles.assert_near(*errors, errors[1] * 1e-6 + spread * 1e-12, "squared error of the range")
+
+    sample = Sample("histogram_range", shape, run, like_x=False, differentiable=False)
+    return Trial(sample, x, oracle, exact=False)

@@ -1,0 +1,124 @@
+"""What random trials have found, one named case each; every one of them failed once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_ops import TRITON_DEVICES, capability  # noqa: F401  the fixture that goes through the instruction sets
+
+from quantkern import Backend
+from quantkern import functional as F
+
+BACKENDS = [Backend.NATIVE, Backend.REFERENCE]
+
+
+def backend_on(device: str) -> Backend:
+    """Triton, where it runs."""
+    from quantkern import triton
+
+    runs, why = triton.available(device)
+    if not runs:
+        pytest.skip(f"Triton does not run on {device} here: {why}")
+    return Backend.TRITON
+
+
+def assert_zeros_have_no_sign(backend: Backend, device: str = "cpu") -> None:
+    x = torch.tensor([-0.0, 0.0, -1e-45, -3.0, 0.2] * 13, device=device)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        y = F.dorefa_activation(x.to(dtype), 2, backend=backend)
+        assert not bool(torch.signbit(y).any()) and bool((y == 0).any())
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activations_of_minus_zero_are_zero_on_every_instruction_set(backend: Backend) -> None:
+    assert_zeros_have_no_sign(backend)
+
+
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+def test_activations_of_minus_zero_are_zero_in_triton(device: str) -> None:
+    assert_zeros_have_no_sign(backend_on(device), device)
+
+
+def assert_tiny_weights_have_a_gradient(backend: Backend, device: str = "cpu") -> None:
+    """The square of the largest weight underflows."""
+    for size in (1e-18, 1e-30, 1e-37):
+        w = (torch.tensor([1.0, -0.5, 0.25, -1.0], device=device) * size).requires_grad_()
+        above = torch.tensor([1.0, 2.0, 3.0, -4.0], device=device)
+        (dx,) = torch.autograd.grad(F.dorefa_weight(w, 4, backend=backend), w, above)
+        wide = w.detach().double().requires_grad_()
+        t = torch.tanh(wide)
+        (want,) = torch.autograd.grad(t / t.abs().max(), wide, above.double())
+        torch.testing.assert_close(dx.double().cpu(), want.cpu(), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_tiny_dorefa_weights_is_finite(backend: Backend) -> None:
+    assert_tiny_weights_have_a_gradient(backend)
+
+
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+def test_the_gradient_of_tiny_dorefa_weights_is_finite_in_triton(device: str) -> None:
+    assert_tiny_weights_have_a_gradient(backend_on(device), device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_of_float64_signs_add_their_bias_in_float64(backend: Backend) -> None:
+    bias = torch.tensor([1 / 3, -1e-12, 1e10 + 1 / 3], dtype=torch.float64)
+    x, weight = torch.ones(2, 5, dtype=torch.float64), torch.ones(3, 5, dtype=torch.float64)
+    y = F.sign_linear(x, weight, bias, backend=backend)
+    torch.testing.assert_close(y, (5 + bias).expand(2, 3), rtol=1e-15, atol=0)
+    for form in (torch.contiguous_format, torch.channels_last):
+        images = torch.ones(2, 5, 4, 4, dtype=torch.float64).contiguous(memory_format=form)
+        y = F.sign_conv2d(images, weight.view(3, 5, 1, 1), bias, backend=backend)
+        torch.testing.assert_close(y, (5 + bias).view(3, 1, 1).expand(2, 3, 4, 4), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_counter_of_one_element_leaves_a_scalar_a_scalar(backend: Backend) -> None:
+    x, step = torch.tensor(0.3, requires_grad=True), torch.tensor([3])
+    scale, zero_point = torch.full((), 0.25), torch.zeros((), dtype=torch.int32)
+    running, flag = (torch.full((), -1.0), torch.full((), 1.0)), torch.tensor(True)
+    ys = [
+        F.fake_quantize(x, scale, zero_point, -8, 7, step=step, start_step=2, backend=backend),
+        F.fake_quantize_weight(x, scale, zero_point, -8, 7, True, step=step, start_step=2, backend=backend),
+        F.fake_quantize_activation(
+            x, *running, scale, zero_point, flag, -8, 7, True, step=step, start_step=2, backend=backend
+        ),
+    ]
+    assert [tuple(y.shape) for y in ys] == [(), (), ()]
+    assert torch.autograd.grad(sum(ys), x)[0].shape == ()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_points_between_integers_are_not_cut_off(backend: Backend) -> None:
+    x = torch.linspace(-2, 2, 41)
+    want = F.fake_quantize(x, torch.tensor(0.25), torch.tensor(1.5), 0, 15, backend=backend)
+    assert not torch.equal(want, F.fake_quantize(x, 0.25, 1, 0, 15, backend=backend))
+    for zero_point in (1.5, torch.tensor(1.5, dtype=torch.float64), torch.tensor(1.5).half()):
+        for scale in (0.25, torch.tensor(0.25)):
+            assert torch.equal(F.fake_quantize(x, scale, zero_point, 0, 15, backend=backend), want)
+    by_channel = F.fake_quantize(x.view(1, 41), [0.25], [1.5], 0, 15, 0, backend=backend)  # type: ignore[arg-type]
+    assert torch.equal(by_channel.view(41), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_zero_point_tensor_outside_the_range_is_refused(backend: Backend) -> None:
+    zero_point = torch.tensor([0, 16], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"zero_point must lie in \[0, 15\], got 16"):
+        F.fake_quantize(torch.ones(2, 3), torch.ones(2), zero_point, 0, 15, 0, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_weights_and_gradients(backend: Backend) -> None:
+    w = torch.empty(0, 3, requires_grad=True)
+    y = F.dorefa_weight(w, 4, backend=backend)
+    assert y.shape == (0, 3) and torch.autograd.grad(y.sum(), w)[0].shape == (0, 3)
+    assert F.quantize_gradient(torch.empty(0, 3), 4, torch.tensor(1), backend=backend).shape == (0, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_kernel_larger_than_the_image_is_a_clear_error(backend: Backend) -> None:
+    with pytest.raises(ValueError, match="kernel .* larger than the image"):
+        F.sign_conv2d(torch.ones(1, 4, 2, 2), torch.ones(2, 4, 3, 3), backend=backend)
