@@ -35,10 +35,12 @@ TORCH_LIBRARY(quantkern, m) {
   // writes into tensors that are there; an empty mask is not wanted. `kept` also gives the masks.
   m.def(
       "fake_quantize_weights(Tensor[] xs, Tensor(a!)[] scales, Tensor(b!)[] zero_points, int[] quant_min, "
-      "int[] quant_max, bool[] symmetric, int[] axes, Tensor?[] steps, int[] start_steps) -> Tensor[]");
+      "int[] quant_max, bool[] symmetric, int[] axes, Tensor?[] steps, int[] start_steps, ScalarType? dtype=None) -> "
+      "Tensor[]");
   m.def(
       "fake_quantize_weights_kept(Tensor[] xs, Tensor(a!)[] scales, Tensor(b!)[] zero_points, int[] quant_min, "
-      "int[] quant_max, bool[] symmetric, int[] axes, Tensor?[] steps, int[] start_steps) -> (Tensor[], Tensor[])");
+      "int[] quant_max, bool[] symmetric, int[] axes, Tensor?[] steps, int[] start_steps, ScalarType? dtype=None) -> "
+      "(Tensor[], Tensor[])");
   m.def(
       "fake_quantize_weights_forward(Tensor[] xs, Tensor(a!)[] ys, Tensor(b!)[] masks, Tensor(c!)[] scales, "
       "Tensor(d!)[] zero_points, int[] quant_min, int[] quant_max, bool[] symmetric, int[] axes, Tensor?[] steps, "
@@ -89,8 +91,8 @@ TORCH_LIBRARY(quantkern, m) {
 
   // The same for all weights of a model at once, and y as a result of its own, as above.
   m.def(
-      "lsq_weights(Tensor[] xs, Tensor[] scales, int[] quant_min, int[] quant_max, float[] grad_scales, int[] axes) -> "
-      "Tensor[]");
+      "lsq_weights(Tensor[] xs, Tensor[] scales, int[] quant_min, int[] quant_max, float[] grad_scales, int[] axes, "
+      "ScalarType? dtype=None) -> Tensor[]");
   m.def(
       "lsq_weights_forward(Tensor[] xs, Tensor(a!)[] ys, Tensor[] scales, int[] quant_min, int[] quant_max, "
       "int[] axes) -> ()");

@@ -53,10 +53,11 @@ class Result:
         self.sources = (own,) if other is None else (own, (other, other._version))
         self.stream = _stream_of(weight.device)
 
-    def serves(self, weight: Tensor) -> bool:
-        """Whether it is what ``weight`` would be computed to now."""
+    def serves(self, weight: Tensor, dtype: torch.dtype | None) -> bool:
+        """Whether it is what ``weight`` would be computed to now. dtype: of ``Ahead.narrow``."""
         return (
             self.weight is weight
+            and (self.y.dtype is dtype or self.y.dtype is weight.dtype)
             and self.y._version == 0
             and all(source._version == version for source, version in self.sources)
             and (self.differentiable or not (weight.requires_grad and torch.is_grad_enabled()))
@@ -65,12 +66,17 @@ class Result:
 
 
 class Ahead:
-    """Where the result of one weight waits. ``keep``: it may, from one forward to the next."""
+    """Where the result of one weight waits.
 
-    __slots__ = ("keep", "result", "rule", "seen", "shape", "spec")
+    keep: it may, from one forward to the next. narrows: all that the layer does with it is a product that autocast
+    computes in 16 bits.
+    """
+
+    __slots__ = ("keep", "narrows", "result", "rule", "seen", "shape", "spec")
 
     def __init__(self) -> None:
         self.keep = 0
+        self.narrows = False
         self.result: Result | None = None
         self.seen: weakref.ref[Tensor] | None = None
         self.shape: torch.Size | None = None
@@ -90,16 +96,24 @@ class Ahead:
             plain = type(weight) is nn.Parameter and not hasattr(weight, "_fsdp_flattened")
             self.seen = weakref.ref(weight) if plain else None
         self.shape = weight.shape
-        result = self.result
-        if result is None or not result.serves(weight):
+        result, dtype = self.result, self.narrow(weight)
+        if result is None or not result.serves(weight, dtype):
             if not self.keep:
                 return None
             owner.compute_ahead([owner])
             result = self.result
-            return result if result is not None and result.serves(weight) else None
+            return result if result is not None and result.serves(weight, dtype) else None
         if not self.keep:  # gone with its only use: no more memory at the end of the forward than without it
             self.result = None
         return result
+
+    def narrow(self, weight: Tensor) -> torch.dtype | None:
+        """The 16-bit type that autocast would make of the result here and now."""
+        kind = weight.device.type
+        if not self.narrows or weight.dtype is not torch.float32 or not torch.is_autocast_enabled(kind):
+            return None
+        dtype = torch.get_autocast_dtype(kind)
+        return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the tensor is the memory of a result that is kept for later forwards."""
@@ -119,22 +133,25 @@ class Ahead:
             return None
         if resolve(weight, Backend.AUTO) is not Backend.NATIVE:
             return None
-        return None if self.result is not None and self.result.serves(weight) else weight
+        return None if self.result is not None and self.result.serves(weight, self.narrow(weight)) else weight
 
 
-def _by_device(modules: Iterable[Any]) -> Iterable[list[tuple[Any, Tensor]]]:
-    """Each module with the weight it is expected to be asked for, those on the same device together."""
-    groups: dict[torch.device, list[tuple[Any, Tensor]]] = {}
+Group = list[tuple[Any, Tensor]]
+
+
+def _by_device(modules: Iterable[Any]) -> Iterable[tuple[torch.dtype | None, Group]]:
+    """Each module with the weight it is expected to be asked for, by device and the type that they shall become."""
+    groups: dict[tuple[torch.device, torch.dtype | None], Group] = {}
     for module in modules:
         weight = module.ahead.expected()
         if weight is not None:
-            groups.setdefault(weight.device, []).append((module, weight))
-    return groups.values()
+            groups.setdefault((weight.device, module.ahead.narrow(weight)), []).append((module, weight))
+    return [(dtype, group) for (_, dtype), group in groups.items()]
 
 
-def _call(op: Any, rows: Sequence[tuple[Any, ...]]) -> Any:
+def _call(op: Any, rows: Sequence[tuple[Any, ...]], dtype: torch.dtype | None) -> Any:
     """An operator on lists, with the arguments of each tensor."""
-    return op(*(list(column) for column in zip(*rows, strict=True)))
+    return op(*(list(column) for column in zip(*rows, strict=True)), dtype)
 
 
 def _outside_inference() -> AbstractContextManager[Any]:
@@ -144,14 +161,14 @@ def _outside_inference() -> AbstractContextManager[Any]:
 
 def compute_ranged(modules: Iterable[Any]) -> None:
     """Leave the results of weights with their current range where they are expected and do not wait."""
-    for group in _by_device(module for module in modules if not module.loaded):
+    for dtype, group in _by_device(module for module in modules if not module.loaded):
         rows = []
         for module, weight in group:
             own, (low, high, axis, symmetric) = module._buffers, module.ahead.rule_of(module.spec, weight)
             state = (own["scale"], own["zero_point"])
             rows.append((weight, *state, low, high, symmetric, axis, own["step"], module.spec.start_step))
         with _outside_inference():
-            ys, masks = _call(_WEIGHTS, rows)
+            ys, masks = _call(_WEIGHTS, rows, dtype)
         for (module, weight), row, y, mask in zip(group, rows, ys, masks, strict=True):
             never_clips = row[5] and row[3] == -row[4]
             differentiable = never_clips or mask.numel() > 0 or not weight.numel()
@@ -168,7 +185,7 @@ def ranged_result(module: Any, weight: Tensor) -> Tensor | None:
 
 def compute_learned(modules: Iterable[Any]) -> None:
     """The same of weights with a learned scale."""
-    for group in _by_device(module for module in modules if module.ready and module.started):
+    for dtype, group in _by_device(module for module in modules if module.ready and module.started):
         scales = [module.scale for module, _ in group]
         bounded = [i for i, (module, _) in enumerate(group) if module.training]
         moved = [scales[i] for i in bounded]
@@ -182,7 +199,7 @@ def compute_learned(modules: Iterable[Any]) -> None:
                 given = module.grad_scale(weight, module.spec.axis)
                 factor = lsq_grad_scale(weight, high, module.spec.axis) if given is None else given
                 rows.append((weight, scale if module.training else module.grid()[0], low, high, factor, axis))
-            ys = _call(_LSQ_WEIGHTS, rows)
+            ys = _call(_LSQ_WEIGHTS, rows, dtype)
         for (module, weight), row, scale, y in zip(group, rows, scales, ys, strict=True):
             module.ahead.result = Result(weight, y, None, True, scale, (*row[2:5], module.spec.axis))
 

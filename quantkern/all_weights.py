@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from quantkern.fake_quant import WeightFakeQuant
+from quantkern.lean_backward import multiplies_only
 from quantkern.learned import LearnedWeight
+from quantkern.watching import StillThere
 
 KINDS: tuple[Any, ...] = (WeightFakeQuant, LearnedWeight)
 """The parametrizations whose result depends on the weight and their own state alone."""
@@ -29,6 +32,11 @@ class AllWeights:
         self.scope = list(model.modules())
         self.kinds: set[type[nn.Module]] = set()
         self.sharded = False
+        for layer in self.scope:
+            if parametrize.is_parametrized(layer, "weight"):
+                own: Any = layer.parametrizations["weight"]  # type: ignore[index]
+                if len(own) == 1 and type(own[0]) in KINDS:
+                    own[0].ahead.narrows = multiplies_only(layer)
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
         """Put the hooks on ``model``."""
@@ -91,6 +99,6 @@ def take_off(model: nn.Module) -> None:
     """Remove from a copy of a model the hooks that came with it."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), AllWeights):
+            if isinstance(getattr(hook, "__self__", hook), (AllWeights, StillThere)):
                 del hooks[key]
                 model._forward_hooks_always_called.pop(key, None)

@@ -145,6 +145,11 @@ def keeps_codes(layer: nn.Module) -> bool:
     return isinstance(layer, _PLAIN)
 
 
+def multiplies_only(layer: nn.Module) -> bool:
+    """Whether all that a layer does with its weight is torch's own product with its input, which autocast narrows."""
+    return _plain_class(layer) in _PLAIN and "forward" not in vars(layer)
+
+
 def keep_codes(layer: nn.Module, args: tuple[Any, ...], output: object) -> None:
     """Forward hook, ahead of those that change the output: the product's operands are kept as codes."""
     if torch.compiler.is_compiling() or type(output) is not Tensor or output.grad_fn is None:

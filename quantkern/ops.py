@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkern.reference import words_of
+from quantkern.reference import narrowed, words_of
 
 REBUILD = "pip install --force-reinstall --no-deps ."
 
@@ -208,29 +208,32 @@ torch.library.register_fake("quantkern::lsq_backward", _lsq_backward)
 torch.library.register_fake("quantkern::lsq_backward_", _lsq_backward_in_place)
 
 
-def _like(xs: Sequence[Tensor], **parameters: Sequence[Tensor | None]) -> list[Tensor]:
+def _like(
+    xs: Sequence[Tensor], dtype: torch.dtype | None = None, **parameters: Sequence[Tensor | None]
+) -> list[Tensor]:
     """One result for each x, after a look at where they and their parameters lie."""
     for x in xs:
         if x.device != xs[0].device:
             where = f"{xs[0].device} and {x.device}"
             raise ValueError(f"xs must lie on one device, got {where}; call the operation once a device")
-    return [_shapes_of(x, False, **{name: p[i] for name, p in parameters.items()})[0] for i, x in enumerate(xs)]
+    results = [_shapes_of(x, False, **{name: p[i] for name, p in parameters.items()})[0] for i, x in enumerate(xs)]
+    return [narrowed(y, dtype) for y in results]
 
 
 def _fake_quantize_weights(
     xs: list[Tensor], scales: list[Tensor], zero_points: list[Tensor], low: Any, high: Any, symmetric: Any, axes: Any,
-    steps: list[_MaybeTensor], start_steps: Any,
+    steps: list[_MaybeTensor], start_steps: Any, dtype: torch.dtype | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    return _like(xs, scale=scales, zero_point=zero_points, step=steps)
+    return _like(xs, dtype, scale=scales, zero_point=zero_points, step=steps)
 
 
 def _fake_quantize_weights_kept(
     xs: list[Tensor], scales: list[Tensor], zero_points: list[Tensor], low: list[int], high: list[int],
-    symmetric: list[bool], *rest: Any,
+    symmetric: list[bool], axes: Any, steps: Any, start_steps: Any, dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     clips = [not (same and a == -b) for a, b, same in zip(low, high, symmetric, strict=True)]
     wanted = [clip and x.requires_grad and torch.is_grad_enabled() for clip, x in zip(clips, xs, strict=True)]
-    return _like(xs, scale=scales), [_shapes_of(x, mask)[1] for x, mask in zip(xs, wanted, strict=True)]
+    return _like(xs, dtype, scale=scales), [_shapes_of(x, mask)[1] for x, mask in zip(xs, wanted, strict=True)]
 
 
 def _fake_quantize_weights_forward(
@@ -239,8 +242,11 @@ def _fake_quantize_weights_forward(
     _like(xs, y=ys, mask=masks, scale=scales, zero_point=zero_points)
 
 
-def _lsq_weights(xs: list[Tensor], scales: list[Tensor], *rest: Any) -> list[Tensor]:
-    return _like(xs, scale=scales)
+def _lsq_weights(
+    xs: list[Tensor], scales: list[Tensor], low: Any, high: Any, grad_scales: Any, axes: Any,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:  # fmt: skip
+    return _like(xs, dtype, scale=scales)
 
 
 def _lsq_weights_forward(xs: list[Tensor], ys: list[Tensor], scales: list[Tensor], *rest: Any) -> None:

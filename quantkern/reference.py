@@ -160,16 +160,23 @@ def fake_quantize_weight(
     return straight_through(x, y, in_range), scale, zero_point
 
 
+def narrowed(y: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A result as its user needs it: a float32 one rounded to ``dtype``, any other as it is."""
+    return y.to(dtype) if dtype is not None and y.dtype is torch.float32 else y
+
+
 def fake_quantize_weights(
     xs: Sequence[Tensor],
     quant_min: Sequence[int],
     quant_max: Sequence[int],
     symmetric: Sequence[bool],
     axes: Sequence[int | None],
+    dtype: torch.dtype | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """``fake_quantize_weight`` of every tensor in a list."""
+    """``fake_quantize_weight`` of every tensor in a list, float32 ones made ``dtype``."""
     settings = zip(xs, quant_min, quant_max, symmetric, axes, strict=True)
-    return [fake_quantize_weight(x, low, high, same, axis) for x, low, high, same, axis in settings]
+    results = [fake_quantize_weight(x, low, high, same, axis) for x, low, high, same, axis in settings]
+    return [(narrowed(y, dtype), scale, zero_point) for y, scale, zero_point in results]
 
 
 def fake_quantize_activation(
@@ -292,10 +299,11 @@ def lsq_weights(
     quant_max: Sequence[int],
     axes: Sequence[int | None],
     grad_scales: Sequence[float | None],
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """``lsq`` of every tensor in a list."""
+    """``lsq`` of every tensor in a list, float32 ones made ``dtype``."""
     settings = zip(xs, scales, quant_min, quant_max, axes, grad_scales, strict=True)
-    return [lsq(x, scale, low, high, axis, factor) for x, scale, low, high, axis, factor in settings]
+    return [narrowed(lsq(x, scale, low, high, axis, factor), dtype) for x, scale, low, high, axis, factor in settings]
 
 
 class DorefaWeight(torch.autograd.Function):

@@ -42,6 +42,11 @@ def _per_device(
     return [results[i] for i in range(len(xs))]
 
 
+def _check_narrow(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
+
+
 def _same_length(xs: Sequence[Tensor], **lists: Sequence[Any]) -> None:
     for name, values in lists.items():
         if len(values) != len(xs):
@@ -59,6 +64,7 @@ def fake_quantize_weights(
     *,
     steps: Sequence[Tensor | None] | None = None,
     start_steps: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
     backend: Backend = Backend.AUTO,
 ) -> list[Tensor]:
     """``fake_quantize_weight`` of many tensors in one operation, with the same results and gradients to the last bit.
@@ -71,13 +77,15 @@ def fake_quantize_weights(
         scales, zero_points: what each of them writes, no tensor twice.
         quant_min, quant_max, symmetric, axes, steps, start_steps: one entry a tensor, as in ``fake_quantize_weight``;
             None: per tensor, and from the start.
+        dtype: float16 or bfloat16: what float32 tensors become in the same pass, rounded once more, as an autocast
+            region needs them; their gradients are float32. None: every result has the dtype of its x.
         backend: as in ``fake_quantize``.
 
     Returns:
         One tensor for each x.
 
     Raises:
-        TypeError, ValueError, IndexError: as ``fake_quantize_weight``, and lists of different lengths.
+        TypeError, ValueError, IndexError: as ``fake_quantize_weight``, lists of different lengths, another dtype.
 
     >>> xs = [torch.tensor([-1.27, 0.5]), torch.tensor([[2.54], [1.27]])]
     >>> scales = [torch.empty(()), torch.empty(2)]
@@ -95,17 +103,19 @@ def fake_quantize_weights(
         axes=axes, steps=steps, start_steps=start_steps,
     )  # fmt: skip
     counted = plain_axes(xs, axes)
+    _check_narrow(dtype)
     lists = (scales, zero_points, quant_min, quant_max, symmetric, counted, steps, start_steps)
 
     def run(indices: list[int]) -> list[Tensor]:
         arguments = [[values[i] for i in indices] for values in (xs, *lists)]  # type: ignore[index]
-        return _FAKE_QUANTIZE_WEIGHTS(*arguments)  # type: ignore[no-any-return]
+        return _FAKE_QUANTIZE_WEIGHTS(*arguments, dtype)  # type: ignore[no-any-return]
 
     def one(i: int, chosen: Backend) -> Tensor:
-        return functional.fake_quantize_weight(
+        y = functional.fake_quantize_weight(
             xs[i], scales[i], zero_points[i], quant_min[i], quant_max[i], symmetric[i], axes[i],
             step=steps[i], start_step=start_steps[i], backend=chosen,
         )  # fmt: skip
+        return reference.narrowed(y, dtype)
 
     return _per_device(xs, backend, run, one)
 
@@ -118,6 +128,7 @@ def lsq_weights(
     axes: Sequence[int | None] | None = None,
     grad_scales: Sequence[float | None] | None = None,
     *,
+    dtype: torch.dtype | None = None,
     backend: Backend = Backend.AUTO,
 ) -> list[Tensor]:
     """``lsq`` of many tensors in one operation, with the same results and gradients to the last bit.
@@ -127,13 +138,14 @@ def lsq_weights(
         scales: the step size of each, float32, as in ``lsq``; there is no learned zero point.
         quant_min, quant_max, axes, grad_scales: one entry a tensor, as in ``lsq``; None: per tensor, and the paper's
             factor.
+        dtype: as in ``fake_quantize_weights``.
         backend: as in ``fake_quantize``.
 
     Returns:
         One tensor for each x, each with a backward of its own.
 
     Raises:
-        TypeError, ValueError, IndexError: as ``lsq``, and lists of different lengths.
+        TypeError, ValueError, IndexError: as ``lsq``, lists of different lengths, another dtype.
 
     >>> xs = [torch.tensor([-0.9, 0.3]), torch.tensor([0.8, 9.0])]
     >>> [y.tolist() for y in lsq_weights(xs, [torch.tensor(0.5)] * 2, [-2, -2], [1, 1])]
@@ -149,12 +161,15 @@ def lsq_weights(
         reference.lsq_grad_scale(x, high, axis if axis >= 0 else None) if factor is None else factor
         for x, high, axis, factor in zip(xs, quant_max, counted, grad_scales, strict=True)
     ]
+    _check_narrow(dtype)
     lists = (scales, quant_min, quant_max, factors, counted)
 
     def run(indices: list[int]) -> list[Tensor]:
-        return _LSQ_WEIGHTS(*([values[i] for i in indices] for values in (xs, *lists)))  # type: ignore[no-any-return,index]
+        arguments = ([values[i] for i in indices] for values in (xs, *lists))  # type: ignore[index]
+        return _LSQ_WEIGHTS(*arguments, dtype)  # type: ignore[no-any-return]
 
     def one(i: int, chosen: Backend) -> Tensor:
-        return functional.lsq(xs[i], scales[i], quant_min[i], quant_max[i], axes[i], factors[i], backend=chosen)
+        y = functional.lsq(xs[i], scales[i], quant_min[i], quant_max[i], axes[i], factors[i], backend=chosen)
+        return reference.narrowed(y, dtype)
 
     return _per_device(xs, backend, run, one)

@@ -45,6 +45,17 @@ def weights_of_a_model(draw: Draw) -> tuple[list[Weight], int]:
     return found, draw.integer(0, len(found) - 1)
 
 
+def narrowing(draw: Draw) -> torch.dtype | None:
+    """The type that float32 results become in the same pass."""
+    return pick(draw, (None, None, torch.float16, torch.bfloat16))
+
+
+def check_narrowed(ys: list[Tensor], narrow: list[Tensor], dtype: torch.dtype | None) -> None:
+    """A result that was narrowed in the same pass has the bits of one that was narrowed later."""
+    for y, other in zip(ys, narrow, strict=True):
+        assert same_bits(other, reference.narrowed(y, dtype)), (other, y)
+
+
 def first(values: list[Tensor], at: int) -> list[Tensor]:
     """The one that is looked at in front."""
     return [values[at], *values[:at], *values[at + 1 :]]
@@ -52,7 +63,7 @@ def first(values: list[Tensor], at: int) -> list[Tensor]:
 
 def fake_quantize_weights(draw: Draw) -> Trial:
     weights, at = weights_of_a_model(draw)
-    own = weights[at]
+    own, dtype = weights[at], narrowing(draw)
 
     def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
         xs = [x if w is own else w.x for w in weights]
@@ -61,7 +72,9 @@ def fake_quantize_weights(draw: Draw) -> Trial:
         zeros = [torch.full_like(scale, 3, dtype=torch.int32) for scale in scales]
         lists: list[Any] = [[getattr(w, name) for w in weights] for name in ("low", "high", "symmetric", "axis")]
         steps, starts = [w.step for w in weights], [w.start for w in weights]
-        ys = F.fake_quantize_weights(xs, scales, zeros, *lists, steps=steps, start_steps=starts, backend=backend)
+        gate: Any = {"steps": steps, "start_steps": starts, "backend": backend}
+        ys = F.fake_quantize_weights(xs, scales, zeros, *lists, **gate)
+        check_narrowed(ys, F.fake_quantize_weights(xs, scales, zeros, *lists, dtype=dtype, **gate), dtype)
         return (*first(ys, at), *first(scales, at), *first(zeros, at))
 
     def oracle(outcome: Outcome) -> None:
@@ -89,11 +102,14 @@ def lsq_weights(draw: Draw) -> Trial:
         values = st.channel_values(draw, channel_count(tuple(w.x.shape), w.axis), st.scales(draw), SPREAD)
         scales.append(st.vectors(draw, values, axis=w.axis is not None).requires_grad_())
     factors = [pick(draw, (None, 1.0, 0.25)) for _ in weights]
+    dtype = narrowing(draw)
 
     def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
         xs = [x if w is own else w.x for w in weights]
         lists: list[Any] = [[getattr(w, name) for w in weights] for name in ("low", "high", "axis")]
-        return tuple(first(F.lsq_weights(xs, scales, *lists, factors, backend=backend), at))
+        ys = F.lsq_weights(xs, scales, *lists, factors, backend=backend)
+        check_narrowed(ys, F.lsq_weights(xs, scales, *lists, factors, dtype=dtype, backend=backend), dtype)
+        return tuple(first(ys, at))
 
     def oracle(outcome: Outcome) -> None:
         scale, factor = scales[at], factors[at]

@@ -417,7 +417,9 @@ def _among_neighbours(x: Tensor, rule: tuple[Any, ...]) -> tuple[list[Tensor], l
     return [x, *(other for other, _ in others)], [rule, *(other_rule for _, other_rule in others)]
 
 
-def _weights(low: int, high: int, symmetric: bool, axis: int | None = None, start: int = 0) -> Run:
+def _weights(
+    low: int, high: int, symmetric: bool, axis: int | None = None, start: int = 0, dtype: torch.dtype | None = None
+) -> Run:
     def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
         xs, rules = _among_neighbours(x, (start, low, high, symmetric, axis))
         starts, lows, highs, same, axes = zip(*rules, strict=True)
@@ -426,14 +428,16 @@ def _weights(low: int, high: int, symmetric: bool, axis: int | None = None, star
         step = torch.tensor(3, device=x.device)
         steps = [step if start else None for start in starts]
         ys = F.fake_quantize_weights(
-            xs, scales, zeros, lows, highs, same, axes, steps=steps, start_steps=starts, backend=backend
+            xs, scales, zeros, lows, highs, same, axes, steps=steps, start_steps=starts, dtype=dtype, backend=backend
         )
         return (*ys, *scales, *zeros)
 
     return run
 
 
-def _lsq_weights(low: int, high: int, axis: int | None = None, channels: int = 1) -> Run:
+def _lsq_weights(
+    low: int, high: int, axis: int | None = None, channels: int = 1, dtype: torch.dtype | None = None
+) -> Run:
     shapes = [() if axis is None else (channels,), *(_scale_shape(x, rule[-1]) for x, rule in NEIGHBOURS)]
     steps = [torch.full(shape, 0.21 + 0.05 * k, requires_grad=True) for k, shape in enumerate(shapes)]
 
@@ -441,7 +445,7 @@ def _lsq_weights(low: int, high: int, axis: int | None = None, channels: int = 1
         xs, rules = _among_neighbours(x, (0, low, high, True, axis))
         _, lows, highs, _, axes = zip(*rules, strict=True)
         scales = [step.to(x.device) for step in steps]
-        return tuple(F.lsq_weights(xs, scales, lows, highs, axes, backend=backend))
+        return tuple(F.lsq_weights(xs, scales, lows, highs, axes, dtype=dtype, backend=backend))
 
     return run
 
@@ -462,6 +466,9 @@ FAKE_QUANTIZE_WEIGHTS = OpSpec(
         Sample("columns", (9000, 21), _weights(0, 255, True, 1), edges=False),
         Sample("delayed", (6, 45), _weights(0, 255, False, start=4), edges=False),
         Sample("infinite_weight", (40,), _weights(0, 255, False)),
+        Sample("as_float16", (300, 400), _weights(-8, 7, False, 0, dtype=torch.float16), edges=False),
+        Sample("as_bfloat16", (30, 21), _weights(0, 255, False, 1, dtype=torch.bfloat16), edges=False),
+        Sample("as_float16_later", (6, 45), _weights(0, 255, False, start=4, dtype=torch.float16), edges=False),
     ),
     bad=(
         Bad(
@@ -532,6 +539,8 @@ LSQ_WEIGHTS = OpSpec(
         Sample("large", (300, 400), _lsq_weights(-128, 127)),
         Sample("rows", (70, 3, 40), _lsq_weights(-2, 1, 0, 70)),
         Sample("columns", (9000, 21), _lsq_weights(-8, 7, 1, 21)),
+        Sample("as_float16", (9000, 21), _lsq_weights(-8, 7, 1, 21, torch.float16)),
+        Sample("as_bfloat16", (300, 400), _lsq_weights(-128, 127, dtype=torch.bfloat16)),
     ),
     bad=(
         Bad(
@@ -545,6 +554,20 @@ LSQ_WEIGHTS = OpSpec(
             lambda: F.lsq_weights([torch.ones(3)], [torch.ones(1)], [-8], [7, 7]),
             ValueError,
             "quant_max must have one entry for each of the 1 tensors in xs, got 2",
+        ),
+        Bad(
+            "dtype",
+            lambda: F.lsq_weights([torch.ones(3)], [torch.ones(1)], [-8], [7], dtype=torch.float64),
+            ValueError,
+            "dtype must be torch.float16, torch.bfloat16 or None, got torch.float64",
+        ),
+        Bad(
+            "dtype_of_a_result",
+            lambda: torch.ops.quantkern.lsq_weights_forward(
+                [torch.ones(3).half()], [torch.ones(3)], [torch.ones(())], [-8], [7], [-1]
+            ),
+            ValueError,
+            "16-bit type for float32",
         ),
         Bad("axis", lambda: F.lsq_weights([torch.ones(3)], [torch.ones(3)], [-8], [7], [1]), IndexError, "axis must"),
     ),
@@ -1001,12 +1024,14 @@ def _weights_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     state = ([torch.zeros(6), torch.zeros(()), torch.zeros(1)], [_int32(*[0] * 6), _int32(0)[0], _int32(0)])
     rules = ([-8, 0, -7], [7, 255, 7], [False, True, True], [1, -1, -1], [None, torch.tensor(3), None], [0, 5, 0])
     yield _OPS.fake_quantize_weights.default, (xs, *state, *rules)
+    yield _OPS.fake_quantize_weights.default, (xs, *state, *rules, torch.bfloat16)
     plain = [x.detach() for x in xs]
     yield _OPS.fake_quantize_weights_kept.default, (plain, *state, *rules)
     for size in (0, 1):
         masks = [torch.empty(size * ((x.numel() + 7) // 8), dtype=torch.uint8) for x in xs]
         ys = [torch.empty_like(x) for x in plain]
         yield _OPS.fake_quantize_weights_forward.default, (plain, ys, masks, *state, *rules)
+        yield _OPS.fake_quantize_weights_forward.default, (plain, [y.half() for y in ys], masks, *state, *rules)
     yield _OPS.fake_quantize_again.default, (xs[0], torch.randn(4, 6), torch.full((3,), 5, dtype=torch.uint8))
     yield _OPS.fake_quantize_again.default, (xs[0], torch.randn(4, 6), torch.empty(0, dtype=torch.uint8))
 
@@ -1016,10 +1041,12 @@ def _lsq_weights_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     scales = [torch.full((6,), 0.3, requires_grad=True), torch.tensor(0.2, requires_grad=True)]
     rules = ([-8, -2], [7, 1])
     yield _OPS.lsq_weights.default, (xs, scales, *rules, [0.1, 1.0], [1, -1])
+    yield _OPS.lsq_weights.default, (xs, scales, *rules, [0.1, 1.0], [1, -1], torch.float16)
     plain = [x.detach() for x in xs]
     plain_scales = [scale.detach() for scale in scales]
     ys = [torch.empty_like(x) for x in plain]
     yield _OPS.lsq_weights_forward.default, (plain, ys, plain_scales, *rules, [1, -1])
+    yield _OPS.lsq_weights_forward.default, (plain, [y.bfloat16() for y in ys], plain_scales, *rules, [1, -1])
     yield _OPS.lsq_again.default, (xs[0], torch.randn(4, 6), scales[0], -8, 7, 0.1, 1)
 
 

@@ -8,6 +8,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,22 @@ def test_a_model_changed_after_quantization_is_refused(case: str, change: str, t
         assert text.startswith(f"{method}(): the model was changed after") and CHANGES[change][1] in text
         assert "Put back what was there" in text
     assert not any(tmp_path.iterdir()) and [type(module) for module in model.modules()] == kinds
+
+
+@every_case
+def test_a_replaced_layer_is_noticed_in_training(case: str) -> None:
+    model, optimizer, _ = start(case)
+    train(model, optimizer, range(4))
+    replace_layer(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(batch(0))
+    model.train()
+    with pytest.warns(UserWarning, match="^'last' replaced after quantization: what took the place trains in float"):
+        model(batch(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, range(2))
 
 
 @every_case

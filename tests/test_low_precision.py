@@ -13,7 +13,7 @@ from test_compile import BOTH, DELAY, TRAINED, Attach, batch, lsq, net, qat, rul
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantkern import ObserverQuantizer
+from quantkern import ObserverQuantizer, QAT_Quantizer
 from quantkern.attach import fake_quants
 from quantkern.fake_quant import FakeQuant
 
@@ -185,20 +185,24 @@ OF_WEIGHTS = {"qat": "fake_quantize_weight_forward", "lsq": "lsq_forward", "dore
               "bnn": "binarize_forward", "naive": "fake_quantize_weight_forward"}  # fmt: skip
 
 
+IN_ONE_PASS = ("qat", "qat-channels", "lsq", "naive")
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", ["qat", "qat-channels", "qat-folded", "lsq", "lsq-folded", "dorefa", "bnn", "naive"])
-def test_autocast_quantizes_a_weight_once_and_casts_it_once(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", [*IN_ONE_PASS, "qat-folded", "lsq-folded", "dorefa", "bnn"])
+def test_autocast_quantizes_a_weight_once(name: str, dtype: torch.dtype) -> None:
     """The grid is that of the float32 weight; inputs and outputs are quantized in the type that they come in."""
     model, _ = quantized(name)
     with torch.autocast("cpu", dtype), Calls() as calls:
         output = model(batch(0))
     assert output.dtype is dtype
     for layer in ("deep", "fc"):
+        plain = name in IN_ONE_PASS or (layer == "fc" and name in ("qat-folded", "lsq-folded"))
+        out = dtype if plain else torch.float32
         shape = tuple(model.get_submodule(layer).weight.shape)
         operation = OF_WEIGHTS[name.split("-")[0]]
-        alone = [calls.seen[one, torch.float32, shape, torch.float32] for one in {operation, "lsq_weight_forward"}]
-        assert sum(alone) == 1
-        assert calls.seen["_to_copy", torch.float32, shape, dtype] == 1
+        assert sum(calls.seen[one, torch.float32, shape, out] for one in {operation, "lsq_weight_forward"}) == 1
+        assert calls.seen["_to_copy", torch.float32, shape, dtype] == (out is torch.float32)
     kinds = ("fake_quantize_activation_forward", "lsq_forward", "dorefa_activation_forward", "binarize_forward")
     quantizing = {key: count for key, count in calls.seen.items() if key[0] in kinds}
     assert all(key[1] is key[3] for key in quantizing)
@@ -207,6 +211,57 @@ def test_autocast_quantizes_a_weight_once_and_casts_it_once(name: str, dtype: to
     output.float().square().mean().backward()
     assert all(p.grad.dtype is torch.float32 and p.grad.isfinite().all() for p in model.parameters())
     assert all(value.dtype is not dtype for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", IN_ONE_PASS)
+def test_a_weight_cast_in_its_pass_is_one_cast_later(name: str, dtype: torch.dtype) -> None:
+    """Outputs, gradients and state are the same bits, also with a layer that autocast does not reach."""
+
+    def run(together: bool) -> tuple[list[Tensor], dict[str, Tensor], Counter[tuple[Any, ...]]]:
+        model, optimizer = quantized(name)
+        forward = model.deep.forward
+
+        def in_float32(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return forward(x.float())  # type: ignore[no-any-return]
+
+        outputs = []
+        for seed in range(1, 4):
+            if seed == 2:
+                model.deep.forward = in_float32
+            if not together:
+                for module in modules_of(model):
+                    if hasattr(module, "ahead"):
+                        module.ahead.narrows = False
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype), Calls() as calls:
+                outputs.append(model(batch(seed)))
+            outputs[-1].float().square().mean().backward()
+            optimizer.step()
+        return outputs, model.state_dict(), calls.seen
+
+    ours, state, seen = run(True)
+    later, other, casts = run(False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, later, strict=True))
+    assert all(torch.equal(value, other[key]) for key, value in state.items())
+    halved = [sum(n for key, n in c.items() if key[0] == "_to_copy" and key[3] is dtype) for c in (seen, casts)]
+    assert halved[0] < halved[1]
+
+
+def test_a_kept_weight_serves_the_type_it_is_asked_for() -> None:
+    """A float32 result serves an autocast region too, which casts it; a narrow one serves nobody else."""
+    model = net()
+    quantizer = QAT_Quantizer(model, rules(["weight"]))
+    model(batch(0)).sum().backward()
+    expected = model.fc.weight.detach()
+    with quantizer.reuse_weights(), torch.no_grad():
+        for kept in (torch.bfloat16, torch.float32):
+            with torch.autocast("cpu", torch.bfloat16):
+                model(batch(0))
+                assert model.fc.weight.dtype is kept and torch.equal(model.fc.weight.bfloat16(), expected.bfloat16())
+            model(batch(0))
+            assert torch.equal(model.fc.weight, expected)
 
 
 @pytest.mark.parametrize("name", ["qat", "lsq", "qat-folded", "lsq-folded", "dorefa"])

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "quantkern"
 
 LEVELS = [
     {"settings", "config", "reference", "ops", "progress", "files", "outside_graphs", "_C", "_built_for"},
-    {"clip_range"},
+    {"clip_range", "watching"},
     {"triton"},
     {"backend"},
     {"triton_autograd"},

@@ -19,6 +19,7 @@ struct Weights {
   at::IntArrayRef axes;
   const MaybeTensors& steps;
   at::IntArrayRef start_steps;
+  std::optional<at::ScalarType> dtype;
 
   // As for a single weight: where nothing is ever clipped there is no mask.
   bool wants_mask(size_t i) const {
@@ -37,7 +38,7 @@ std::tuple<Tensors, Tensors> run_forward(const Weights& w) {
   for (size_t i = 0; i < w.xs.size(); ++i) {
     const bool wanted = w.wants_mask(i);
     at::AutoDispatchBelowADInplaceOrView below;
-    ys.push_back(new_result(w.xs[i]));
+    ys.push_back(new_result(w.xs[i], w.dtype));
     masks.push_back(new_result_mask(w.xs[i], wanted));
   }
   at::AutoDispatchBelowADInplaceOrView below;
@@ -56,8 +57,10 @@ std::tuple<Tensors, Tensors> fake_quantize_weights_kept(at::TensorList xs, at::T
                                                         at::TensorList zero_points, at::IntArrayRef quant_min,
                                                         at::IntArrayRef quant_max, const c10::List<bool>& symmetric,
                                                         at::IntArrayRef axes, const MaybeTensors& steps,
-                                                        at::IntArrayRef start_steps) {
-  auto results = run_forward({xs, scales, zero_points, quant_min, quant_max, symmetric, axes, steps, start_steps});
+                                                        at::IntArrayRef start_steps,
+                                                        std::optional<at::ScalarType> dtype) {
+  auto results =
+      run_forward({xs, scales, zero_points, quant_min, quant_max, symmetric, axes, steps, start_steps, dtype});
   mark_written(scales);
   mark_written(zero_points);
   return results;
@@ -65,9 +68,10 @@ std::tuple<Tensors, Tensors> fake_quantize_weights_kept(at::TensorList xs, at::T
 
 Tensors fake_quantize_weights(at::TensorList xs, at::TensorList scales, at::TensorList zero_points,
                               at::IntArrayRef quant_min, at::IntArrayRef quant_max, const c10::List<bool>& symmetric,
-                              at::IntArrayRef axes, const MaybeTensors& steps, at::IntArrayRef start_steps) {
-  auto [ys, masks] =
-      fake_quantize_weights_kept(xs, scales, zero_points, quant_min, quant_max, symmetric, axes, steps, start_steps);
+                              at::IntArrayRef axes, const MaybeTensors& steps, at::IntArrayRef start_steps,
+                              std::optional<at::ScalarType> dtype) {
+  auto [ys, masks] = fake_quantize_weights_kept(xs, scales, zero_points, quant_min, quant_max, symmetric, axes, steps,
+                                                start_steps, dtype);
   for (size_t i = 0; i < xs.size(); ++i)
     if (needs_gradient(xs[i])) attach_straight_through(xs[i], ys[i], masks[i]);
   return ys;

@@ -54,7 +54,8 @@ struct LsqBackward : public torch::autograd::Node {
     at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor zero = zero_point.unpack(), input = x.unpack();
     const MaybeTensor maybe_zero = zero.defined() ? MaybeTensor(zero) : std::nullopt;
-    const bool in_place = is_ours_to_write(grad, input.sym_strides()) && grad.scalar_type() == input.scalar_type();
+    if (grad.scalar_type() != input.scalar_type()) grad = grad.to(input.scalar_type());  // y was made of a 16-bit type
+    const bool in_place = is_ours_to_write(grad, input.sym_strides());
     auto [dx, dscale, dzero] = in_place ? call_backward_in_place(grad, input, scale.unpack(), settings, maybe_zero)
                                         : call_backward(grad, input, scale.unpack(), settings, maybe_zero);
     variable_list out(3);

@@ -15,7 +15,7 @@ bool any_needs_gradient(const at::Tensor& x, const at::Tensor& scale) {
 }
 
 Tensors lsq_weights(at::TensorList xs, at::TensorList scales, at::IntArrayRef quant_min, at::IntArrayRef quant_max,
-                    at::ArrayRef<double> grad_scales, at::IntArrayRef axes) {
+                    at::ArrayRef<double> grad_scales, at::IntArrayRef axes, std::optional<at::ScalarType> dtype) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("quantkern::lsq_weights_forward", "")
                              .typed<void(at::TensorList, at::TensorList, at::TensorList, at::IntArrayRef,
@@ -25,7 +25,7 @@ Tensors lsq_weights(at::TensorList xs, at::TensorList scales, at::IntArrayRef qu
   Tensors ys;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    for (const at::Tensor& x : xs) ys.push_back(new_result(x));
+    for (const at::Tensor& x : xs) ys.push_back(new_result(x, dtype));
     op.call(xs, ys, scales, quant_min, quant_max, axes);
   }
   for (size_t i = 0; i < xs.size(); ++i) {

@@ -28,11 +28,20 @@ inline std::optional<int64_t> axis_of(const at::Tensor& x, int64_t axis) {
   return axis < 0 ? std::nullopt : std::optional<int64_t>(axis);
 }
 
-// x as the kernels read it and the given tensor that they write. A sparse view of memory is copied there first.
+// What a result may be: of its x's type, or of a 16-bit type where x is float32.
+inline bool is_result_dtype(at::ScalarType x, at::ScalarType y) {
+  return x == y || (x == at::kFloat && (y == at::kHalf || y == at::kBFloat16));
+}
+
+// x as the kernels read it and the given tensor that they write. A sparse view of memory is copied there first, if
+// nothing is lost by that.
 inline DenseInOut dense_into(const at::Tensor& x, const at::Tensor& y) {
   check_dense(y, "every one of ys");
-  TORCH_CHECK_VALUE(y.sizes() == x.sizes() && y.scalar_type() == x.scalar_type() && y.device() == x.device(),
-                    "every one of ys must be like its x, got ", y.sizes(), " for ", x.sizes());
+  TORCH_CHECK_VALUE(
+      y.sizes() == x.sizes() && is_result_dtype(x.scalar_type(), y.scalar_type()) && y.device() == x.device(),
+      "every one of ys must be like its x, or of a 16-bit type for float32, got ", y.sizes(), " ", y.scalar_type(),
+      " for ", x.sizes(), " ", x.scalar_type());
+  if (x.scalar_type() != y.scalar_type()) return {in_layout_of(x, y), y};
   if (x.strides() == y.strides()) return {x, y};
   y.copy_(x);
   return {y, y};

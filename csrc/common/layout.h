@@ -29,9 +29,13 @@ inline Layout layout_of(const at::Tensor& dense, std::optional<int64_t> axis) {
 
 // Kernels allocate below every dispatch key that matters: on the CPU straight from the allocator, which halves the
 // cost of a call on a small tensor.
+inline at::Tensor new_strided(at::IntArrayRef sizes, at::IntArrayRef strides, const at::Tensor& like,
+                              at::ScalarType dtype) {
+  if (like.is_cpu()) return at::detail::empty_strided_cpu(sizes, strides, dtype);
+  return at::empty_strided(sizes, strides, like.options().dtype(dtype));
+}
 inline at::Tensor new_strided(at::IntArrayRef sizes, at::IntArrayRef strides, const at::Tensor& like) {
-  if (like.is_cpu()) return at::detail::empty_strided_cpu(sizes, strides, like.scalar_type());
-  return at::empty_strided(sizes, strides, like.options());
+  return new_strided(sizes, strides, like, like.scalar_type());
 }
 
 // x as the kernels read it and the tensor they write. A sparse view is copied into the output and worked on in

@@ -23,11 +23,12 @@ void run_fake_quantize(const at::Tensor& in, const at::Tensor& out, const at::Te
                        const ChannelParams& params) {
   uint8_t* bits = mask.numel() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   const auto loop = fake_quantize_loops().quantize;
-  const DType dtype = dtype_of(in);
+  const DType dtype = dtype_of(in), out_dtype = dtype_of(out);
   const void* x = in.const_data_ptr();
   void* y = out.mutable_data_ptr();
   const bool streamed = is_streamed(in, out);
-  for_stretches(in.numel(), [&](int64_t begin, int64_t end) { loop(dtype, x, y, bits, begin, end, params, streamed); });
+  for_stretches(in.numel(),
+                [&](int64_t begin, int64_t end) { loop(dtype, out_dtype, x, y, bits, begin, end, params, streamed); });
 }
 
 void run_identity(const at::Tensor& in, const at::Tensor& out, const at::Tensor& mask) {

@@ -17,7 +17,8 @@ bool is_delayed(const std::optional<at::Tensor>& step, int64_t start_step);
 
 float zero_point_at(const at::Tensor& zero_point, int64_t channel);
 
-// out = fake_quantize(in), both dense with the same strides; in may be out. An empty mask is not written.
+// out = fake_quantize(in), both dense with the same strides; in may be out, and out of a 16-bit type where in is
+// float32. An empty mask is not written.
 void run_fake_quantize(const at::Tensor& in, const at::Tensor& out, const at::Tensor& mask,
                        const ChannelParams& params);
 

@@ -28,8 +28,8 @@ struct ChannelParams {
 
 // streamed: write past the caches. Everything written must then lie at the start of an allocation, as out tensors do.
 struct FakeQuantizeLoops {
-  // y = fake_quantize(x) on [begin, end); mask may be null.
-  void (*quantize)(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
+  // y = fake_quantize(x) on [begin, end); mask may be null. out: y's type, dtype or a 16-bit type for float32.
+  void (*quantize)(DType dtype, DType out, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
                    const ChannelParams& params, bool streamed);
   // y = x within [lower, upper] on [begin, end), mask bits strictly between; mask may be null, y may be x.
   void (*clip)(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end, double lower,

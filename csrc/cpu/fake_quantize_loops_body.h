@@ -28,8 +28,8 @@ QK_LANE Limits<V> limits_of(const ChannelParams& p) {
 }
 
 // One whole group of lanes; returns its mask bits.
-template <Pass kPass, class T, class V>
-QK_LANE uint32_t quantize_lanes(const T* x, T* y, const Affine<V>& p, const Limits<V>& l) {
+template <Pass kPass, class T, class Y, class V>
+QK_LANE uint32_t quantize_lanes(const T* x, Y* y, const Affine<V>& p, const Limits<V>& l) {
   V value, rounded, clamped;
   load(x, value);
   uint32_t inside = ~0u;
@@ -41,8 +41,8 @@ QK_LANE uint32_t quantize_lanes(const T* x, T* y, const Affine<V>& p, const Limi
   return kPass.masks ? equal_bits(rounded, clamped) & inside : 0;
 }
 
-template <Pass kPass, class T, class V>
-QK_LANE void quantize_group(const T* x, T* y, uint8_t* mask, const Affine<V>& p, const Limits<V>& l) {
+template <Pass kPass, class T, class Y, class V>
+QK_LANE void quantize_group(const T* x, Y* y, uint8_t* mask, const Affine<V>& p, const Limits<V>& l) {
   const uint32_t bits = quantize_lanes<kPass>(x, y, p, l);
   if (!kPass.masks) return;
   mask[0] = static_cast<uint8_t>(bits);
@@ -51,29 +51,30 @@ QK_LANE void quantize_group(const T* x, T* y, uint8_t* mask, const Affine<V>& p,
 
 // Several groups whose mask bits are stored as one word: a third faster than byte by byte.
 constexpr int64_t kBlock = 32;
-template <Pass kPass, class T, class V>
-QK_LANE void quantize_block(const T* x, T* y, uint8_t* mask, const Affine<V>& p, const Limits<V>& l) {
+template <Pass kPass, class T, class Y, class V>
+QK_LANE void quantize_block(const T* x, Y* y, uint8_t* mask, const Affine<V>& p, const Limits<V>& l) {
   uint32_t bits = 0;
   for (int64_t k = 0; k < kBlock; k += V::width) bits |= quantize_lanes<kPass>(x + k, y + k, p, l) << k;
   if (kPass.masks) std::memcpy(mask, &bits, sizeof bits);
 }
 
 // The first `count` lanes of a group, through buffers: the end of the tensor.
-template <Pass kPass, class T, class V>
-QK_LANE void quantize_partial(const T* x, T* y, uint8_t* mask, int64_t count, const Affine<V>& p, const Limits<V>& l) {
-  T in[V::width] = {}, out[V::width];
+template <Pass kPass, class T, class Y, class V>
+QK_LANE void quantize_partial(const T* x, Y* y, uint8_t* mask, int64_t count, const Affine<V>& p, const Limits<V>& l) {
+  T in[V::width] = {};
+  Y out[V::width];
   uint8_t bits[2] = {0, 0};
   std::memcpy(in, x, count * sizeof(T));
   quantize_group<in_cache(kPass)>(in, out, bits, p, l);
-  std::memcpy(y, out, count * sizeof(T));
+  std::memcpy(y, out, count * sizeof(Y));
   if (!kPass.masks) return;
   const uint32_t kept = (bits[0] | static_cast<uint32_t>(bits[1]) << 8) & ((1u << count) - 1u);
   mask[0] = static_cast<uint8_t>(kept);
   if (count > 8) mask[1] = static_cast<uint8_t>(kept >> 8);
 }
 
-template <Pass kPass, class T, class V>
-QK_LANE void quantize_some(const T* x, T* y, uint8_t* mask, int64_t i, int64_t end, const Affine<V>& p,
+template <Pass kPass, class T, class Y, class V>
+QK_LANE void quantize_some(const T* x, Y* y, uint8_t* mask, int64_t i, int64_t end, const Affine<V>& p,
                            const Limits<V>& l) {
   uint8_t* bits = kPass.masks ? mask + i / 8 : nullptr;
   if (end - i >= V::width)
@@ -83,8 +84,8 @@ QK_LANE void quantize_some(const T* x, T* y, uint8_t* mask, int64_t i, int64_t e
 }
 
 // Element by element parameters, which repeat every `channels` elements.
-template <Pass kPass, class T>
-static void quantize_columns(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
+template <Pass kPass, class T, class Y>
+static void quantize_columns(const T* x, Y* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
   using V = typename VecOf<T>::type;
   const Limits<V> limits = limits_of<V>(p);
   const int64_t advance = V::width % p.channels;
@@ -100,8 +101,8 @@ static void quantize_columns(const T* x, T* y, uint8_t* mask, int64_t begin, int
   }
 }
 
-template <Pass kPass, class T>
-static void quantize_rows(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
+template <Pass kPass, class T, class Y>
+static void quantize_rows(const T* x, Y* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
   using V = typename VecOf<T>::type;
   const Limits<V> limits = limits_of<V>(p);
   for (int64_t i = begin; i < end;) {
@@ -118,17 +119,21 @@ static void quantize_rows(const T* x, T* y, uint8_t* mask, int64_t begin, int64_
   }
 }
 
-template <Pass kPass, class T>
+template <Pass kPass, class T, class Y = T>
 static void quantize_typed(const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end, const ChannelParams& p) {
   if (p.channels > 1 && p.inner == 1)
-    quantize_columns<kPass>(static_cast<const T*>(x), static_cast<T*>(y), mask, begin, end, p);
+    quantize_columns<kPass>(static_cast<const T*>(x), static_cast<Y*>(y), mask, begin, end, p);
   else
-    quantize_rows<kPass>(static_cast<const T*>(x), static_cast<T*>(y), mask, begin, end, p);
+    quantize_rows<kPass>(static_cast<const T*>(x), static_cast<Y*>(y), mask, begin, end, p);
 }
 
 template <Pass kPass>
-static void quantize_any(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
+static void quantize_any(DType dtype, DType out, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
                          const ChannelParams& p) {
+  if (dtype != out) {  // float32 that is to become one of the 16-bit types
+    if (out == DType::kHalf) return quantize_typed<kPass, float, Half>(x, y, mask, begin, end, p);
+    return quantize_typed<kPass, float, BFloat16>(x, y, mask, begin, end, p);
+  }
   switch (dtype) {
     case DType::kFloat:
       return quantize_typed<kPass, float>(x, y, mask, begin, end, p);
@@ -141,7 +146,7 @@ static void quantize_any(DType dtype, const void* x, void* y, uint8_t* mask, int
   }
 }
 
-static void quantize(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
+static void quantize(DType dtype, DType out, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
                      const ChannelParams& p, bool streamed) {
   constexpr auto passes = std::array{
       quantize_any<Pass{false, false, false}>, quantize_any<Pass{false, false, true}>,
@@ -149,7 +154,7 @@ static void quantize(DType dtype, const void* x, void* y, uint8_t* mask, int64_t
       quantize_any<Pass{true, false, false}>,  quantize_any<Pass{true, false, true}>,
       quantize_any<Pass{true, true, false}>,   quantize_any<Pass{true, true, true}>,
   };
-  passes[4 * (mask != nullptr) + 2 * streamed + p.clips](dtype, x, y, mask, begin, end, p);
+  passes[4 * (mask != nullptr) + 2 * streamed + p.clips](dtype, out, x, y, mask, begin, end, p);
   if (streamed) stream_fence();
 }
 

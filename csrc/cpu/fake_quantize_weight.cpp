@@ -17,6 +17,7 @@ namespace quantkern::cpu {
 
 QuantizeMemory::QuantizeMemory(const at::Tensor& in, const at::Tensor& out, uint8_t* bits)
     : dtype(dtype_of(in)),
+      out(dtype_of(out)),
       x(in.const_data_ptr()),
       y(out.mutable_data_ptr()),
       bits(bits),

@@ -30,7 +30,7 @@ inline uint8_t* mask_bits(const at::Tensor& mask) { return mask.numel() ? mask.m
 
 // The memory of a dense tensor, of its result and, unless it is null, of the mask.
 struct QuantizeMemory {
-  DType dtype;
+  DType dtype, out;
   const void* x;
   void* y;
   uint8_t* bits;
@@ -39,7 +39,7 @@ struct QuantizeMemory {
 
   QuantizeMemory(const at::Tensor& in, const at::Tensor& out, uint8_t* bits);
   void quantize(int64_t begin, int64_t end, const ChannelParams& params) const {
-    fake_quantize_loops().quantize(dtype, x, y, bits, begin, end, params, streamed);
+    fake_quantize_loops().quantize(dtype, out, x, y, bits, begin, end, params, streamed);
   }
   Range range(int64_t begin, int64_t end) const { return fake_quantize_loops().range(dtype, x, begin, end); }
 };

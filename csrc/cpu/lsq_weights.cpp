@@ -13,11 +13,12 @@ namespace quantkern::cpu {
 namespace {
 
 struct Weight {
+  at::Tensor in;  // what the memory below is of
   QuantizeMemory memory;
   PreparedParams params;
 
   Weight(const DenseInOut& dense, const Layout& layout, const at::Tensor& scale, int64_t quant_min, int64_t quant_max)
-      : memory(dense.in, dense.out, /*bits=*/nullptr), params(layout, quant_min, quant_max) {
+      : in(dense.in), memory(dense.in, dense.out, /*bits=*/nullptr), params(layout, quant_min, quant_max) {
     set_lsq_params(params, layout, scale, std::nullopt);
   }
 };

@@ -1,6 +1,8 @@
 // Launchers of the fake-quantize kernels: pointers, sizes and a stream, no torch.
 #pragma once
 
+#include <optional>
+
 #include "../numerics/dtype.h"
 #include "launch.cuh"
 
@@ -30,6 +32,7 @@ struct FakeQuantizeArguments {
   Gate gate;
   int quant_min, quant_max;
   ClipBounds clip = {};
+  std::optional<DType> y_dtype = {};  // where y is of a 16-bit type and x float32, which only lists of weights take
 };
 
 cudaError_t launch_fake_quantize(const FakeQuantizeArguments& arguments, cudaStream_t stream);

@@ -1,6 +1,8 @@
 // Launcher of the weight path: current range, scale, zero point, fake-quantize.
 #pragma once
 
+#include <optional>
+
 #include "../numerics/dtype.h"
 #include "launch.cuh"
 
@@ -17,6 +19,7 @@ struct WeightArguments {
   int quant_min, quant_max;
   bool symmetric;
   Gate gate;
+  std::optional<DType> y_dtype = {};  // where y is of a 16-bit type and x float32, which only lists of weights take
 };
 
 // Scratch memory the launcher needs, 16-byte aligned; 0 where one kernel does everything.

@@ -4,10 +4,11 @@
 //
 // Layout: every tensor as in fake_quantize_weight.cu. Which task belongs to which tensor a table in the kernel's
 // arguments says (task_table.cuh), about 30 tensors a launch.
-// Grid: three launches a table and element type. Ranges: one block owns one task of a tensor's RangePlan, as in
-// ranges.cu. Scales: one warp a channel. Quantize: one block owns 1024 groups of eight elements of one tensor.
-// Bytes an element: 12 in float32 and 6 in 16 bits, plus 1/8 for the mask; what the second pass reads the first has
-// left in the second-level cache, as far as all weights fit.
+// Grid: three launches a table and element type, the last one a pair of types. Ranges: one block owns one task of a
+// tensor's RangePlan, as in ranges.cu. Scales: one warp a channel. Quantize: one block owns 1024 groups of eight
+// elements of one tensor.
+// Bytes an element: 12 in float32, 6 in 16 bits, 10 from the one to the other, plus 1/8 for the mask; what the second
+// pass reads the first has left in the second-level cache, as far as all weights fit.
 // Numerics: those of fake_quantize_weight.cu, bit for bit.
 #include "fake_quantize_weights.cuh"
 
@@ -56,9 +57,9 @@ __global__ void __launch_bounds__(kBlock) weights_scale_kernel(const __grid_cons
   }
 }
 
-template <class T>
+template <class T, class Y>
 __global__ void __launch_bounds__(kBlock) weights_quantize_kernel(const __grid_constant__ TaskTable<QuantizeEntry> t) {
-  for (int64_t task = blockIdx.x; task < t.tasks(); task += gridDim.x) quantize_task<T>(t, task);
+  for (int64_t task = blockIdx.x; task < t.tasks(); task += gridDim.x) quantize_task<T, Y>(t, task);
 }
 
 int64_t range_tasks(const RangePlan& plan) {
@@ -73,19 +74,23 @@ RangeEntry range_entry(const WeightArguments& a, const RangePlan& plan, Range* p
 
 FakeQuantizeArguments last_pass(const WeightArguments& a) {
   const Parameters parameters = {a.scale, a.zero_point, false, 0.0f, 0.0f};
-  return {a.dtype, a.x, a.y, a.mask, a.view, parameters, a.gate, a.quant_min, a.quant_max};
+  return {a.dtype, a.x, a.y, a.mask, a.view, parameters, a.gate, a.quant_min, a.quant_max, {}, a.y_dtype};
 }
 
-// The three passes over the weights of one element type.
-template <class T>
-cudaError_t launch_passes(DType dtype, const WeightArguments* weights, const std::vector<RangeEntry>& ranges,
-                          cudaStream_t stream) {
-  const int64_t count = static_cast<int64_t>(ranges.size());
-  const auto send = [&](auto kernel, int64_t tasks_a_block) {
+auto sender(cudaStream_t stream) {
+  return [=](auto kernel, int64_t tasks_a_block) {
     return [=](const auto& table) {
       return launch(kernel, ceil_div(table.tasks(), tasks_a_block), kBlock, stream, table);
     };
   };
+}
+
+// Ranges and scales of the weights of one element type.
+template <class T>
+cudaError_t launch_scales(DType dtype, const WeightArguments* weights, const std::vector<RangeEntry>& ranges,
+                          cudaStream_t stream) {
+  const int64_t count = static_cast<int64_t>(ranges.size());
+  const auto send = sender(stream);
   const auto range_pass = [&](int64_t i, RangeEntry& entry) {
     entry = ranges[i];
     return weights[i].dtype == dtype ? range_tasks(entry.plan) : 0;
@@ -94,15 +99,19 @@ cudaError_t launch_passes(DType dtype, const WeightArguments* weights, const std
     entry = ranges[i];
     return weights[i].dtype == dtype ? entry.plan.view.channels : 0;
   };
-  const auto quantize_pass = [&](int64_t i, QuantizeEntry& entry) {
+  const cudaError_t error = for_tables<RangeEntry>(count, range_pass, send(weights_ranges_kernel<T>, 1));
+  if (error != cudaSuccess) return error;
+  return for_tables<RangeEntry>(count, scale_pass, send(weights_scale_kernel, kBlock / kWarp));
+}
+
+// The last pass over the weights of one pair of element types.
+template <class T, class Y>
+cudaError_t launch_quantize(DType x, DType y, const WeightArguments* weights, int64_t count, cudaStream_t stream) {
+  const auto pass = [&](int64_t i, QuantizeEntry& entry) {
     entry = quantize_entry(last_pass(weights[i]));
-    return weights[i].dtype == dtype ? quantize_tasks(weights[i].view) : 0;
+    return is_of(weights[i], x, y) ? quantize_tasks(weights[i].view) : 0;
   };
-  cudaError_t error = for_tables<RangeEntry>(count, range_pass, send(weights_ranges_kernel<T>, 1));
-  if (error != cudaSuccess) return error;
-  error = for_tables<RangeEntry>(count, scale_pass, send(weights_scale_kernel, kBlock / kWarp));
-  if (error != cudaSuccess) return error;
-  return for_tables<QuantizeEntry>(count, quantize_pass, send(weights_quantize_kernel<T>, 1));
+  return for_tables<QuantizeEntry>(count, pass, sender(stream)(weights_quantize_kernel<T, Y>, 1));
 }
 
 }  // namespace
@@ -131,11 +140,15 @@ cudaError_t launch_fake_quantize_weights(const WeightArguments* weights, int64_t
   }
   for (const DType dtype : {DType::kFloat, DType::kHalf, DType::kBFloat16}) {
     const cudaError_t error = for_dtype(dtype, [&](auto* type) {
-      return launch_passes<std::remove_pointer_t<decltype(type)>>(dtype, weights, ranges, stream);
+      return launch_scales<std::remove_pointer_t<decltype(type)>>(dtype, weights, ranges, stream);
     });
     if (error != cudaSuccess) return error;
   }
-  return cudaSuccess;
+  return for_dtype_pairs([&](DType x, DType y, auto* of_x, auto* of_y) {
+    using T = std::remove_pointer_t<decltype(of_x)>;
+    using Y = std::remove_pointer_t<decltype(of_y)>;
+    return launch_quantize<T, Y>(x, y, weights, count, stream);
+  });
 }
 
 }  // namespace quantkern::cuda

@@ -17,15 +17,18 @@ void fake_quantize_weights_cuda(at::TensorList xs, at::TensorList ys, at::Tensor
   check_weight_lists(xs, ys, masks, scales, zero_points, quant_min, quant_max, symmetric, axes, steps, start_steps);
   if (xs.empty()) return;
   const c10::cuda::CUDAGuard guard(xs[0].device());
+  std::vector<at::Tensor> kept;  // what the pointers below point into
   std::vector<WeightArguments> weights;
   for (size_t i = 0; i < xs.size(); ++i) {
     check_cuda_input(xs[i]);
     if (xs[i].numel() == 0) continue;
     const DenseInOut dense = dense_into(xs[i], ys[i]);
+    kept.push_back(dense.in);
     weights.push_back({dtype_of(xs[i]), dense.in.const_data_ptr(), dense.out.mutable_data_ptr(), mask_pointer(masks[i]),
                        view_of(dense.out, axis_of(xs[i], axes[i])), scales[i].mutable_data_ptr<float>(),
                        zero_points[i].mutable_data_ptr<int32_t>(), static_cast<int>(quant_min[i]),
-                       static_cast<int>(quant_max[i]), symmetric[i], gate_of(steps.get(i), start_steps[i])});
+                       static_cast<int>(quant_max[i]), symmetric[i], gate_of(steps.get(i), start_steps[i]),
+                       dtype_of(dense.out)});
   }
   const int64_t count = static_cast<int64_t>(weights.size());
   int64_t bytes = 0;

@@ -21,11 +21,13 @@ void lsq_weights_cuda(at::TensorList xs, at::TensorList ys, at::TensorList scale
     check_cuda_input(xs[i]);
     if (xs[i].numel() == 0) continue;
     const DenseInOut dense = dense_into(xs[i], ys[i]);
+    kept.push_back(dense.in);
     Parameters parameters;
     parameters.scale = kept.emplace_back(scales[i].contiguous()).const_data_ptr<float>();
     weights.push_back({dtype_of(xs[i]), dense.in.const_data_ptr(), dense.out.mutable_data_ptr(), /*mask=*/nullptr,
                        view_of(dense.out, axis_of(xs[i], axes[i])), parameters, /*gate=*/{},
-                       static_cast<int>(quant_min[i]), static_cast<int>(quant_max[i])});
+                       static_cast<int>(quant_min[i]), static_cast<int>(quant_max[i]), /*clip=*/{},
+                       dtype_of(dense.out)});
   }
   C10_CUDA_CHECK(
       launch_lsq_weights(weights.data(), static_cast<int64_t>(weights.size()), c10::cuda::getCurrentCUDAStream()));

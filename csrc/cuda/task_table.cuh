@@ -63,6 +63,12 @@ struct QuantizeEntry {
   bool x_vectorizable, y_vectorizable;
 };
 
+// Whether a tensor is read as x and written as y.
+template <class Arguments>
+bool is_of(const Arguments& a, DType x, DType y) {
+  return a.dtype == x && a.y_dtype.value_or(a.dtype) == y;
+}
+
 inline QuantizeEntry quantize_entry(const FakeQuantizeArguments& a) {
   const int64_t numel = a.view.numel();
   return {a.x,
@@ -93,12 +99,12 @@ __device__ __forceinline__ unsigned quantize_group(Group<T>& group, int64_t begi
 }
 
 // What one block does of writing all tensors of a table on their grids.
-template <class T>
+template <class T, class Y>
 __device__ __forceinline__ void quantize_task(const TaskTable<QuantizeEntry>& table, int64_t task) {
   const int which = table.find(task);
   const QuantizeEntry& e = table.entries[which];
   const T* x = static_cast<const T*>(e.x);
-  T* y = static_cast<T*>(e.y);
+  Y* y = static_cast<Y*>(e.y);
   const bool open = is_open(e.gate);
   const int64_t numel = e.view.numel(), first = (task - table.first[which]) * kTaskGroups;
   const float quant_min = static_cast<float>(e.quant_min), quant_max = static_cast<float>(e.quant_max);
@@ -108,7 +114,7 @@ __device__ __forceinline__ void quantize_task(const TaskTable<QuantizeEntry>& ta
     Group<T> group = load_group(x, begin, numel, e.x_vectorizable);
     unsigned bits = 0xffu;
     if (open) bits = quantize_group(group, begin, e, quant_min, quant_max);
-    store_group(y, begin, numel, e.y_vectorizable, group);
+    store_group(y, begin, numel, e.y_vectorizable, converted<Y>(group));
     if (e.mask != nullptr) e.mask[index] = static_cast<uint8_t>(bits & element_bits(begin, numel));
   }
 }

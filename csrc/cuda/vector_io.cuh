@@ -7,6 +7,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "../numerics/dtype.h"
 #include "launch.cuh"
 
@@ -99,6 +101,19 @@ __device__ __forceinline__ unsigned element_bits(int64_t begin, int64_t numel) {
   return begin + kGroup <= numel ? 0xffu : (1u << (numel - begin)) - 1u;
 }
 
+// A group in another type.
+template <class Y, class T>
+__device__ __forceinline__ Group<Y> converted(const Group<T>& group) {
+  if constexpr (std::is_same_v<T, Y>) {
+    return group;
+  } else {
+    Group<Y> other;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) other.lane[j] = from_float<Y>(to_float(group.lane[j]));
+    return other;
+  }
+}
+
 // Calls f with a null pointer of the element type. Double has no CUDA kernels.
 template <class F>
 cudaError_t for_dtype(DType dtype, F f) {
@@ -112,6 +127,28 @@ cudaError_t for_dtype(DType dtype, F f) {
     default:
       return cudaErrorInvalidValue;
   }
+}
+
+// Calls f(x's type, y's type) for every pair that lists of weights know: the same, or a 16-bit type for float32.
+template <class F>
+cudaError_t for_dtype_pairs(F f) {
+  for (const DType x : {DType::kFloat, DType::kHalf, DType::kBFloat16}) {
+    for (const DType y : {DType::kFloat, DType::kHalf, DType::kBFloat16}) {
+      if (x != y && x != DType::kFloat) continue;
+      const cudaError_t error = for_dtype(x, [&](auto* of_x) {
+        return for_dtype(y, [&](auto* of_y) {
+          using T = std::remove_pointer_t<decltype(of_x)>;
+          using Y = std::remove_pointer_t<decltype(of_y)>;
+          if constexpr (std::is_same_v<T, Y> || std::is_same_v<T, float>)
+            return f(x, y, of_x, of_y);
+          else
+            return cudaErrorInvalidValue;
+        });
+      });
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
 }
 
 }  // namespace quantkern::cuda

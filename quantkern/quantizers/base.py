@@ -28,6 +28,7 @@ from quantkern.quantizers.reusing import ReusesWeights
 from quantkern.ranks import keep_from_ddp, require_whole
 from quantkern.report import MAX_SATURATION, MIN_SQNR, Report, make_report
 from quantkern.settings import did_you_mean
+from quantkern.watching import StillThere
 
 ConfigList = Sequence[Mapping[str, Any]]
 
@@ -75,6 +76,8 @@ class Quantizer(ReusesWeights, nn.Module):
         self._attach()
         self._weights = AllWeights(model, (attachment.weight for attachment in self._attachments))
         self._hooks: list[RemovableHandle] = self._weights.attach(model)
+        watch = StillThere(model, ((attachment.name, attachment.layer) for attachment in self._attachments))
+        self._hooks.append(model.register_forward_pre_hook(watch))
         if optimizer is not None and delayed:
             self._hooks.append(optimizer.register_step_post_hook(OptimizerStepCounter(delayed)))
         self._exported = False

@@ -101,10 +101,10 @@ int fake_quantize_weight(int dtype, const void* x, void* y, uint8_t* mask, const
 }
 
 // One entry a tensor; views holds three numbers of each, limits two.
-int fake_quantize_weights(int64_t count, const int64_t* dtypes, const void* const* xs, void* const* ys,
-                          uint8_t* const* masks, const int64_t* views, float* const* scales, int* const* zero_points,
-                          const int64_t* limits, const int64_t* symmetric, const int64_t* const* steps,
-                          int64_t start_step) {
+int fake_quantize_weights(int64_t count, const int64_t* dtypes, const int64_t* y_dtypes, const void* const* xs,
+                          void* const* ys, uint8_t* const* masks, const int64_t* views, float* const* scales,
+                          int* const* zero_points, const int64_t* limits, const int64_t* symmetric,
+                          const int64_t* const* steps, int64_t start_step) {
   std::vector<WeightArguments> weights;
   for (int64_t i = 0; i < count; ++i)
     weights.push_back({static_cast<DType>(dtypes[i]),
@@ -117,15 +117,16 @@ int fake_quantize_weights(int64_t count, const int64_t* dtypes, const void* cons
                        static_cast<int>(limits[2 * i]),
                        static_cast<int>(limits[2 * i + 1]),
                        symmetric[i] != 0,
-                       {steps[i], start_step, nullptr}});
+                       {steps[i], start_step, nullptr},
+                       static_cast<DType>(y_dtypes[i])});
   int64_t bytes = 0;
   if (const cudaError_t error = weights_workspace_bytes(weights.data(), count, bytes)) return error;
   Workspace workspace(bytes);
   return workspace.checked(launch_fake_quantize_weights(weights.data(), count, workspace.data(), nullptr));
 }
 
-int lsq_weights(int64_t count, const int64_t* dtypes, const void* const* xs, void* const* ys, const int64_t* views,
-                const float* const* scales, const int64_t* limits) {
+int lsq_weights(int64_t count, const int64_t* dtypes, const int64_t* y_dtypes, const void* const* xs, void* const* ys,
+                const int64_t* views, const float* const* scales, const int64_t* limits) {
   std::vector<FakeQuantizeArguments> weights;
   for (int64_t i = 0; i < count; ++i) {
     Parameters parameters;
@@ -138,7 +139,9 @@ int lsq_weights(int64_t count, const int64_t* dtypes, const void* const* xs, voi
                        parameters,
                        {},
                        static_cast<int>(limits[2 * i]),
-                       static_cast<int>(limits[2 * i + 1])});
+                       static_cast<int>(limits[2 * i + 1]),
+                       {},
+                       static_cast<DType>(y_dtypes[i])});
   }
   return launch_lsq_weights(weights.data(), count, nullptr);
 }
