@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def call_outside_graphs(function: Callable[..., None], *arguments: object) -> None:
+def call_outside_graphs(function: Callable[..., T], *arguments: object) -> T:
     """``function(*arguments)``, eagerly."""
-    function(*arguments)
+    return function(*arguments)

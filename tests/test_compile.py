@@ -291,10 +291,13 @@ def test_graph_breaks_start_a_learned_scale() -> None:
     models = [net(), net()]
     for model in models:
         LsqQuantizer(model, rules(BOTH, 4))
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     fast = torch.compile(models[1], backend="eager")
     for seed in range(2):
         assert torch.equal(fast(batch(seed)), models[0](batch(seed)))
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    assert not [text for text in counters["graph_break"] if "disable()" not in text]  # nothing is compiled in pieces
 
 
 @pytest.mark.parametrize("fold", [False, True])

@@ -8,6 +8,7 @@ host what the device knows, so that no other step waits for it.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -105,7 +106,7 @@ class LearnedFakeQuant(LearnedState):
                     "before compiling, with a quant_start_step also the step that reaches it, or compile without "
                     "fullgraph=True"
                 )
-            self.ready = self.initialize(x, axis)
+            self.ready = self.initialize_outside_graphs(x, axis)
         elif not self.warned and not torch.compiler.is_compiling():
             self.warned = True
             warnings.warn(
@@ -114,6 +115,15 @@ class LearnedFakeQuant(LearnedState):
                 stacklevel=3,
             )
         return self.ready
+
+    def initialize_outside_graphs(self, x: Tensor, axis: int | None) -> bool:
+        """``initialize``, which a compiler that has given up on the forward around it shall not take up piece by piece."""
+        if "torch._dynamo" not in sys.modules:
+            return self.initialize(x, axis)
+        from quantkern.outside_graphs import call_outside_graphs
+
+        started: bool = call_outside_graphs(self.initialize, x, axis)
+        return started
 
     @torch.no_grad()
     def initialize(self, x: Tensor, axis: int | None) -> bool:
