@@ -8,13 +8,14 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(quantkern, m) {
+  // dtype, wherever there is one: float16 or bfloat16, what a float32 x becomes in the same pass.
   m.def(
       "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int? axis=None, "
-      "Tensor? step=None, int start_step=0) -> Tensor");
+      "Tensor? step=None, int start_step=0, ScalarType? dtype=None) -> Tensor");
   m.def("fake_quantize.number(Tensor x, float scale, float zero_point, int quant_min, int quant_max) -> Tensor");
   m.def(
       "fake_quantize_forward(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int? axis, "
-      "Tensor? step, int start_step, bool with_mask) -> (Tensor, Tensor)");
+      "Tensor? step, int start_step, bool with_mask, ScalarType? dtype=None) -> (Tensor, Tensor)");
   m.def(
       "fake_quantize_forward.number(Tensor x, float scale, float zero_point, int quant_min, int quant_max, "
       "bool with_mask) -> (Tensor, Tensor)");
@@ -26,10 +27,11 @@ TORCH_LIBRARY(quantkern, m) {
   // Current min and max of x, their scale and zero point (written to the given tensors), and x fake-quantized.
   m.def(
       "fake_quantize_weight(Tensor x, Tensor(a!) scale, Tensor(b!) zero_point, int quant_min, int quant_max, "
-      "bool symmetric, int? axis=None, Tensor? step=None, int start_step=0) -> Tensor");
+      "bool symmetric, int? axis=None, Tensor? step=None, int start_step=0, ScalarType? dtype=None) -> Tensor");
   m.def(
       "fake_quantize_weight_forward(Tensor x, Tensor(a!) scale, Tensor(b!) zero_point, int quant_min, int quant_max, "
-      "bool symmetric, int? axis, Tensor? step, int start_step, bool with_mask) -> (Tensor, Tensor)");
+      "bool symmetric, int? axis, Tensor? step, int start_step, bool with_mask, ScalarType? dtype=None) -> (Tensor, "
+      "Tensor)");
 
   // The same for all weights of a model at once. axes: counted from the front, -1 for a whole tensor. The forward
   // writes into tensors that are there; an empty mask is not wanted. `kept` also gives the masks.
@@ -54,12 +56,13 @@ TORCH_LIBRARY(quantkern, m) {
   m.def(
       "fake_quantize_activation(Tensor x, Tensor(a!) running_min, Tensor(b!) running_max, Tensor(c!) scale, "
       "Tensor(d!) zero_point, Tensor observing, int quant_min, int quant_max, bool symmetric, float ema_decay, "
-      "int? axis=None, Tensor? step=None, int start_step=0, float? lower=None, float? upper=None) -> Tensor");
+      "int? axis=None, Tensor? step=None, int start_step=0, float? lower=None, float? upper=None, "
+      "ScalarType? dtype=None) -> Tensor");
   m.def(
       "fake_quantize_activation_forward(Tensor x, Tensor(a!) running_min, Tensor(b!) running_max, Tensor(c!) scale, "
       "Tensor(d!) zero_point, Tensor observing, int quant_min, int quant_max, bool symmetric, float ema_decay, "
-      "int? axis, Tensor? step, int start_step, bool with_mask, float? lower=None, float? upper=None) -> (Tensor, "
-      "Tensor)");
+      "int? axis, Tensor? step, int start_step, bool with_mask, float? lower=None, float? upper=None, "
+      "ScalarType? dtype=None) -> (Tensor, Tensor)");
 
   // ReLU (0, inf), ReLU6 (0, 6), Hardtanh: x within [lower, upper], with the gradient strictly between them.
   m.def("clip_activation(Tensor x, float lower, float upper) -> Tensor");
@@ -78,8 +81,10 @@ TORCH_LIBRARY(quantkern, m) {
   // Learned step size. zero_point: learned too where given, else 0.
   m.def(
       "lsq(Tensor x, Tensor scale, int quant_min, int quant_max, float grad_scale, int? axis=None, "
-      "Tensor? zero_point=None) -> Tensor");
-  m.def("lsq_forward(Tensor x, Tensor scale, int quant_min, int quant_max, int? axis, Tensor? zero_point) -> Tensor");
+      "Tensor? zero_point=None, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "lsq_forward(Tensor x, Tensor scale, int quant_min, int quant_max, int? axis, Tensor? zero_point, "
+      "ScalarType? dtype=None) -> Tensor");
   // Gradients of x, scale and zero point, the last one empty without a zero point.
   m.def(
       "lsq_backward(Tensor grad, Tensor x, Tensor scale, int quant_min, int quant_max, float grad_scale, int? axis, "

@@ -54,7 +54,7 @@ class Result:
         self.stream = _stream_of(weight.device)
 
     def serves(self, weight: Tensor, dtype: torch.dtype | None) -> bool:
-        """Whether it is what ``weight`` would be computed to now. dtype: of ``Ahead.narrow``."""
+        """Whether it is what ``weight`` would be computed to now. dtype: what a product would make of it."""
         return (
             self.weight is weight
             and (self.y.dtype is dtype or self.y.dtype is weight.dtype)
@@ -65,18 +65,22 @@ class Result:
         )
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The 16-bit type that an autocast region, here and now, makes of a float32 operand of a product."""
+    kind = x.device.type
+    if x.dtype is not torch.float32 or not torch.is_autocast_enabled(kind):
+        return None
+    dtype = torch.get_autocast_dtype(kind)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else None
+
+
 class Ahead:
-    """Where the result of one weight waits.
+    """Where the result of one weight waits. ``keep``: it may, from one forward to the next."""
 
-    keep: it may, from one forward to the next. narrows: all that the layer does with it is a product that autocast
-    computes in 16 bits.
-    """
-
-    __slots__ = ("keep", "narrows", "result", "rule", "seen", "shape", "spec")
+    __slots__ = ("keep", "result", "rule", "seen", "shape", "spec")
 
     def __init__(self) -> None:
         self.keep = 0
-        self.narrows = False
         self.result: Result | None = None
         self.seen: weakref.ref[Tensor] | None = None
         self.shape: torch.Size | None = None
@@ -96,7 +100,7 @@ class Ahead:
             plain = type(weight) is nn.Parameter and not hasattr(weight, "_fsdp_flattened")
             self.seen = weakref.ref(weight) if plain else None
         self.shape = weight.shape
-        result, dtype = self.result, self.narrow(weight)
+        result, dtype = self.result, owner.narrow(weight)
         if result is None or not result.serves(weight, dtype):
             if not self.keep:
                 return None
@@ -106,14 +110,6 @@ class Ahead:
         if not self.keep:  # gone with its only use: no more memory at the end of the forward than without it
             self.result = None
         return result
-
-    def narrow(self, weight: Tensor) -> torch.dtype | None:
-        """The 16-bit type that autocast would make of the result here and now."""
-        kind = weight.device.type
-        if not self.narrows or weight.dtype is not torch.float32 or not torch.is_autocast_enabled(kind):
-            return None
-        dtype = torch.get_autocast_dtype(kind)
-        return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the tensor is the memory of a result that is kept for later forwards."""
@@ -126,14 +122,14 @@ class Ahead:
             self.spec, self.rule = spec, (*spec.quant_range, axis, spec.symmetric)
         return self.rule
 
-    def expected(self) -> Tensor | None:
+    def expected(self, owner: Any) -> Tensor | None:
         """The weight that the layer's last forward brought, if its result can be computed here and does not wait."""
         weight = None if self.seen is None else self.seen()
         if weight is None or weight.shape != self.shape or weight.is_inference():
             return None
         if resolve(weight, Backend.AUTO) is not Backend.NATIVE:
             return None
-        return None if self.result is not None and self.result.serves(weight, self.narrow(weight)) else weight
+        return None if self.result is not None and self.result.serves(weight, owner.narrow(weight)) else weight
 
 
 Group = list[tuple[Any, Tensor]]
@@ -143,9 +139,9 @@ def _by_device(modules: Iterable[Any]) -> Iterable[tuple[torch.dtype | None, Gro
     """Each module with the weight it is expected to be asked for, by device and the type that they shall become."""
     groups: dict[tuple[torch.device, torch.dtype | None], Group] = {}
     for module in modules:
-        weight = module.ahead.expected()
+        weight = module.ahead.expected(module)
         if weight is not None:
-            groups.setdefault((weight.device, module.ahead.narrow(weight)), []).append((module, weight))
+            groups.setdefault((weight.device, module.narrow(weight)), []).append((module, weight))
     return [(dtype, group) for (_, dtype), group in groups.items()]
 
 

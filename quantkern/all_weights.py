@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from quantkern.fake_quant import WeightFakeQuant
-from quantkern.lean_backward import multiplies_only
 from quantkern.learned import LearnedWeight
 from quantkern.watching import StillThere
 
@@ -32,11 +30,6 @@ class AllWeights:
         self.scope = list(model.modules())
         self.kinds: set[type[nn.Module]] = set()
         self.sharded = False
-        for layer in self.scope:
-            if parametrize.is_parametrized(layer, "weight"):
-                own: Any = layer.parametrizations["weight"]  # type: ignore[index]
-                if len(own) == 1 and type(own[0]) in KINDS:
-                    own[0].ahead.narrows = multiplies_only(layer)
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
         """Put the hooks on ``model``."""

@@ -31,7 +31,7 @@ from quantkern.layer_quantizers import (
     visit_arguments,
     visit_tensors,
 )
-from quantkern.lean_backward import LeanActivations, keep_codes, keeps_codes
+from quantkern.lean_backward import LeanActivations, keep_codes, keeps_codes, multiplies_only
 from quantkern.learned.leaf_scale import is_product, scale_through_product
 from quantkern.learned.lsq import LearnedActivation
 
@@ -123,6 +123,10 @@ class Attachment:
             type(layer).register_parameter = register_parameter  # type: ignore[assignment]
         if self.tensors is not None:
             layer.add_module(CHILD_NAME, self.tensors)
+        own = self.tensors._modules.get("input") if self.tensors is not None else None
+        for operand in (self.weight, own):
+            if isinstance(operand, FakeQuant):
+                operand.narrows = multiplies_only(layer)
         if "input" in self.kinds:
             self.handles.append(layer.register_forward_pre_hook(quantize_inputs, with_kwargs=True))
         if "input" in self.kinds and self._learns_input_scale():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkern import functional, reference
-from quantkern.ahead import Ahead, compute_ranged, ranged_result
+from quantkern.ahead import Ahead, autocast_dtype, compute_ranged, ranged_result
 from quantkern.config import TensorSpec, is_int
 
 
@@ -38,6 +38,8 @@ class FakeQuant(nn.Module):
 
     step: Tensor | None
     steps_done = 0
+    narrows = False
+    """Whether all that happens to the result is a product that autocast computes in 16 bits."""
 
     def __init__(self, label: str, spec: TensorSpec, device: torch.device) -> None:
         super().__init__()
@@ -53,6 +55,10 @@ class FakeQuant(nn.Module):
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def narrow(self, x: Tensor) -> torch.dtype | None:
+        """What a float32 x shall become in the pass that quantizes it."""
+        return autocast_dtype(x) if self.narrows else None
 
     def is_observed(self) -> bool:
         """Whether it knows its scale, or needs none. May wait for the device."""
@@ -216,8 +222,9 @@ class RangedFakeQuant(ScaledFakeQuant):
         """x on the grid of the scale and zero point stored here."""
         low, high = self.spec.quant_range
         return functional.fake_quantize(
-            x, self.scale, self.zero_point, low, high, axis, step=self.step, start_step=self.spec.start_step
-        )
+            x, self.scale, self.zero_point, low, high, axis,
+            step=self.step, start_step=self.spec.start_step, dtype=self.narrow(x),
+        )  # fmt: skip
 
 
 class WeightFakeQuant(RangedFakeQuant):
@@ -249,7 +256,7 @@ class WeightFakeQuant(RangedFakeQuant):
             return self.on_current_grid(weight)
         return functional.fake_quantize_weight(
             weight, self.scale, self.zero_point, low, high, spec.symmetric, spec.axis,
-            step=self.step, start_step=spec.start_step,
+            step=self.step, start_step=spec.start_step, dtype=self.narrow(weight),
         )  # fmt: skip
 
     def on_current_grid(self, weight: Tensor) -> Tensor:
@@ -372,7 +379,8 @@ class ActivationFakeQuant(RangedFakeQuant):
         clip = None if torch.compiler.is_compiling() else self.__dict__.pop("clip", None)
         return functional.fake_quantize_activation(
             x, self.running_min, self.running_max, self.scale, self.zero_point, self.observing,
-            low, high, spec.symmetric, spec.ema_decay, axis, step=self.step, start_step=spec.start_step, clip=clip,
+            low, high, spec.symmetric, spec.ema_decay, axis,
+            step=self.step, start_step=spec.start_step, clip=clip, dtype=self.narrow(x),
         )  # fmt: skip
 
     def clips(self) -> bool:

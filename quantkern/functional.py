@@ -82,8 +82,17 @@ def _as_parameter(value: Tensor | float, x: Tensor, axis: int | None, dtype: tor
     raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
 
 
-def check_arguments(x: Tensor, quant_min: int, quant_max: int, axis: int | None) -> int | None:
+def check_narrow(dtype: torch.dtype | None) -> None:
+    """What a float32 tensor may become in the pass that quantizes it."""
+    if dtype not in (None, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
+
+
+def check_arguments(
+    x: Tensor, quant_min: int, quant_max: int, axis: int | None, dtype: torch.dtype | None = None
+) -> int | None:
     """The checks of the compiled operators for the backends that have none of their own; returns axis >= 0."""
+    check_narrow(dtype)
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; convert it with x.float()")
     limit = reference.QUANT_LIMIT
@@ -138,6 +147,7 @@ def fake_quantize(
     *,
     step: Tensor | None = None,
     start_step: int = 0,
+    dtype: torch.dtype | None = None,
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
     """Quantize and dequantize x, with the straight-through gradient.
@@ -159,6 +169,8 @@ def fake_quantize(
         quant_min, quant_max: the range of q, integers within +-2**20.
         axis: the dimension of x that holds the channels; None quantizes the whole tensor with one scale.
         step, start_step: with a 1-element int64 tensor ``step``, the result is x itself while step < start_step.
+        dtype: float16 or bfloat16: what a float32 x becomes in the same pass, rounded once more, as an autocast region
+            needs it; x's gradient is float32. None: the dtype of x, which any other x keeps.
         backend: which kernels run, see ``Backend``.
 
     Returns:
@@ -167,7 +179,8 @@ def fake_quantize(
     Raises:
         TypeError: x is not floating point, or a parameter has a wrong type.
         ValueError: scale not positive and finite (where the host can see it; elsewhere y is NaN), an empty or too
-            wide quantized range, a zero point outside it, parameters of a wrong shape or on another device.
+            wide quantized range, a zero point outside it, parameters of a wrong shape or on another device, another
+            dtype.
         IndexError: axis out of range.
 
     >>> x = torch.tensor([-1.0, 0.26, 0.74, 9.0], requires_grad=True)
@@ -180,12 +193,13 @@ def fake_quantize(
     """
     chosen = resolve(x, backend)
     if chosen is Backend.NATIVE:
-        if type(scale) is float and isinstance(zero_point, (int, float)) and axis is None and step is None:
+        numbers = type(scale) is float and isinstance(zero_point, (int, float))
+        if numbers and axis is None and step is None and dtype is None:
             return _FAKE_QUANTIZE_NUMBER(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-any-return]
         scale = _as_parameter(scale, x, axis, torch.float32, "scale")
         zero_point = _as_parameter(zero_point, x, axis, torch.int32, "zero_point")
-        return _FAKE_QUANTIZE(x, scale, zero_point, quant_min, quant_max, axis, step, start_step)  # type: ignore[no-any-return]
-    axis = check_arguments(x, quant_min, quant_max, axis)
+        return _FAKE_QUANTIZE(x, scale, zero_point, quant_min, quant_max, axis, step, start_step, dtype)  # type: ignore[no-any-return]
+    axis = check_arguments(x, quant_min, quant_max, axis, dtype)
     if isinstance(zero_point, (int, float)) and not quant_min <= zero_point <= quant_max:
         raise ValueError(f"zero_point must lie in [{quant_min}, {quant_max}], got {zero_point}")
     if isinstance(scale, (int, float)) and not (scale > 0 and math.isfinite(scale)):
@@ -198,8 +212,9 @@ def fake_quantize(
     _check_zero_point_on_host(zero_point, quant_min, quant_max)
     if chosen is Backend.TRITON:
         twin = triton_twins.fake_quantize_forward
-        return run_triton(twin, x, scale, zero_point, quant_min, quant_max, axis, step, start_step)
-    return _delayed(x, reference.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis), step, start_step)
+        return run_triton(twin, x, scale, zero_point, quant_min, quant_max, axis, step, start_step, dtype=dtype)
+    y = _delayed(x, reference.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis), step, start_step)
+    return reference.narrowed(y, dtype)
 
 
 def fake_quantize_weight(
@@ -213,6 +228,7 @@ def fake_quantize_weight(
     *,
     step: Tensor | None = None,
     start_step: int = 0,
+    dtype: torch.dtype | None = None,
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
     """Fake-quantize x with its own current range, writing the scale and zero point it chose.
@@ -230,7 +246,7 @@ def fake_quantize_weight(
         x: floating-point tensor, as in ``fake_quantize``.
         scale: float32 tensor that receives the scale: 1 element, or [channels] with ``axis``.
         zero_point: int32 tensor of the same shape that receives the zero point.
-        quant_min, quant_max, axis, step, start_step, backend: as in ``fake_quantize``.
+        quant_min, quant_max, axis, step, start_step, dtype, backend: as in ``fake_quantize``.
         symmetric: the scheme.
 
     Returns:
@@ -248,22 +264,22 @@ def fake_quantize_weight(
     chosen = resolve(x, backend)
     if chosen is Backend.NATIVE:
         return _FAKE_QUANTIZE_WEIGHT(  # type: ignore[no-any-return]
-            x, scale, zero_point, quant_min, quant_max, symmetric, axis, step, start_step
+            x, scale, zero_point, quant_min, quant_max, symmetric, axis, step, start_step, dtype
         )
-    axis = check_arguments(x, quant_min, quant_max, axis)
+    axis = check_arguments(x, quant_min, quant_max, axis, dtype)
     for value, name in ((scale, "scale"), (zero_point, "zero_point")):
         _check_parameter(value, x, axis, name)
     if not x.numel():
-        return x.clone()
+        return reference.narrowed(x.clone(), dtype)
     if chosen is Backend.TRITON:
         twin = triton_twins.fake_quantize_weight_forward
         needs_mask = not (symmetric and quant_min == -quant_max)
         arguments = (scale, zero_point, quant_min, quant_max, symmetric, axis, step, start_step)
-        return run_triton(twin, x, *arguments, needs_mask=needs_mask)
+        return run_triton(twin, x, *arguments, needs_mask=needs_mask, dtype=dtype)
     y, new_scale, new_zero_point = reference.fake_quantize_weight(x, quant_min, quant_max, symmetric, axis)
     _write(scale, new_scale)
     _write(zero_point, new_zero_point)
-    return _delayed(x, y, step, start_step)
+    return reference.narrowed(_delayed(x, y, step, start_step), dtype)
 
 
 def fake_quantize_activation(
@@ -282,6 +298,7 @@ def fake_quantize_activation(
     step: Tensor | None = None,
     start_step: int = 0,
     clip: tuple[float, float] | None = None,
+    dtype: torch.dtype | None = None,
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
     """Take x into a moving average of its range, then fake-quantize it with the scale of that range.
@@ -303,7 +320,7 @@ def fake_quantize_activation(
         ema_decay: weight of the past, in (0, 1).
         clip: (lower, upper): everything as of ``clip_activation(x, lower, upper)``, a ReLU for instance, without a pass
             over x of its own.
-        quant_min, quant_max, symmetric, axis, step, start_step, backend: as in ``fake_quantize_weight``.
+        quant_min, quant_max, symmetric, axis, step, start_step, dtype, backend: as in ``fake_quantize_weight``.
 
     Returns:
         A tensor like x; x's values, with its gradient, while step < start_step or nothing has been seen.
@@ -337,10 +354,11 @@ def fake_quantize_activation(
             start_step,
             lower,
             upper,
+            dtype,
         )
     if clip is not None:
         x = clip_activation(x, *clip, backend=chosen)
-    axis = check_arguments(x, quant_min, quant_max, axis)
+    axis = check_arguments(x, quant_min, quant_max, axis, dtype)
     if not 0.0 < ema_decay < 1.0:
         raise ValueError(f"ema_decay must lie in (0, 1), got {ema_decay}")
     state = {"running_min": running_min, "running_max": running_max, "scale": scale, "zero_point": zero_point}
@@ -349,7 +367,7 @@ def fake_quantize_activation(
     if chosen is Backend.TRITON:
         twin = triton_twins.fake_quantize_activation_forward
         settings = (quant_min, quant_max, symmetric, ema_decay, axis, step, start_step)
-        return run_triton(twin, x, *state.values(), observing, *settings)
+        return run_triton(twin, x, *state.values(), observing, *settings, dtype=dtype)
     observed = reference.fake_quantize_activation(
         x, running_min, running_max, scale, zero_point, quant_min, quant_max, symmetric, ema_decay, axis
     )
@@ -370,7 +388,7 @@ def fake_quantize_activation(
     for value, new, old in zip(state.values(), observed[1:], frozen[1:], strict=True):
         _write(value, torch.where(on, new, old))
     y = torch.where(on, observed[0], frozen[0])
-    return _delayed(x, y, step, start_step)
+    return reference.narrowed(_delayed(x, y, step, start_step), dtype)
 
 
 def _delayed(x: Tensor, y: Tensor, step: Tensor | None, start_step: int) -> Tensor:
@@ -390,9 +408,10 @@ class _TritonLsq(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, *settings: Any) -> Tensor:
-        quant_min, quant_max, _, axis = ctx.settings = settings
+        *ctx.settings, dtype = settings
+        quant_min, quant_max, _, axis = ctx.settings
         ctx.save_for_backward(x, scale, zero_point)
-        y: Tensor = triton_twins.lsq_forward(x, scale, quant_min, quant_max, axis, zero_point)
+        y: Tensor = triton_twins.lsq_forward(x, scale, quant_min, quant_max, axis, zero_point, dtype)
         return y
 
     @staticmethod
@@ -402,7 +421,7 @@ class _TritonLsq(torch.autograd.Function):
         dx, dscale, dzero = triton_twins.lsq_backward(
             grads[0], x, scale, quant_min, quant_max, grad_scale, axis, zero_point
         )
-        return dx, dscale, None if zero_point is None else dzero, None, None, None, None
+        return dx, dscale, None if zero_point is None else dzero, None, None, None, None, None
 
 
 def lsq(
@@ -414,6 +433,7 @@ def lsq(
     grad_scale: float | None = None,
     zero_point: Tensor | None = None,
     *,
+    dtype: torch.dtype | None = None,
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
     """Fake-quantize x with a step size that is learned by gradient descent.
@@ -432,7 +452,7 @@ def lsq(
     Args:
         x: floating-point tensor, as in ``fake_quantize``. Only x itself is saved for the backward.
         scale: positive float32 tensor, 1 element, or [channels] with ``axis``; receives a gradient.
-        quant_min, quant_max, axis, backend: as in ``fake_quantize``.
+        quant_min, quant_max, axis, dtype, backend: as in ``fake_quantize``.
         grad_scale: factor of the gradients of scale and zero point; None: 1 / sqrt(N * quant_max), N the number of
             elements that share a scale (section 2.2).
         zero_point: float32 tensor shaped like scale that is learned too; None: 0.
@@ -456,16 +476,16 @@ def lsq(
     if grad_scale is None:
         grad_scale = reference.lsq_grad_scale(x, quant_max, check_axis(x, axis))
     if chosen is Backend.NATIVE:
-        return _LSQ(x, scale, quant_min, quant_max, grad_scale, axis, zero_point)  # type: ignore[no-any-return]
-    axis = check_arguments(x, quant_min, quant_max, axis)
+        return _LSQ(x, scale, quant_min, quant_max, grad_scale, axis, zero_point, dtype)  # type: ignore[no-any-return]
+    axis = check_arguments(x, quant_min, quant_max, axis, dtype)
     for value, name in ((scale, "scale"), (zero_point, "zero_point")):
         if value is not None:
             _check_parameter(value, x, axis, name)
     _check_scale_on_host(scale)
     if chosen is Backend.TRITON:
-        y: Tensor = _TritonLsq.apply(x, scale, zero_point, quant_min, quant_max, grad_scale, axis)  # type: ignore[no-untyped-call]
+        y: Tensor = _TritonLsq.apply(x, scale, zero_point, quant_min, quant_max, grad_scale, axis, dtype)  # type: ignore[no-untyped-call]
         return y
-    return reference.lsq(x, scale, quant_min, quant_max, axis, grad_scale, zero_point)
+    return reference.narrowed(reference.lsq(x, scale, quant_min, quant_max, axis, grad_scale, zero_point), dtype)
 
 
 def check_bits(x: Tensor, bits: int) -> None:

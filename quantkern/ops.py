@@ -67,8 +67,10 @@ def _fake_quantize(
     step: _MaybeTensor = None,
     start_step: int = 0,
     with_mask: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _shapes_of(x, with_mask, scale=scale, zero_point=zero_point, step=step)
+    y, mask = _shapes_of(x, with_mask, scale=scale, zero_point=zero_point, step=step)
+    return narrowed(y, dtype), mask
 
 
 def _fake_quantize_number(
@@ -88,8 +90,10 @@ def _fake_quantize_weight(
     step: _MaybeTensor = None,
     start_step: int = 0,
     with_mask: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _shapes_of(x, with_mask, scale=scale, zero_point=zero_point, step=step)
+    y, mask = _shapes_of(x, with_mask, scale=scale, zero_point=zero_point, step=step)
+    return narrowed(y, dtype), mask
 
 
 def _fake_quantize_activation(
@@ -109,9 +113,11 @@ def _fake_quantize_activation(
     with_mask: bool = False,
     lower: float | None = None,
     upper: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     state = {"running_min": running_min, "running_max": running_max, "scale": scale, "zero_point": zero_point}
-    return _shapes_of(x, with_mask, **state, observing=observing, step=step)
+    y, mask = _shapes_of(x, with_mask, **state, observing=observing, step=step)
+    return narrowed(y, dtype), mask
 
 
 def _register(name: str, overload: str, shapes: Callable[..., tuple[Tensor, Tensor]]) -> None:
@@ -173,14 +179,16 @@ def _lsq(
     grad_scale: float,
     axis: _MaybeAxis = None,
     zero_point: _MaybeTensor = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return _lsq_forward(x, scale, quant_min, quant_max, axis, zero_point)
+    return _lsq_forward(x, scale, quant_min, quant_max, axis, zero_point, dtype)
 
 
 def _lsq_forward(
-    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, axis: _MaybeAxis, zero_point: _MaybeTensor
-) -> Tensor:
-    return _shapes_of(x, False, scale=scale, zero_point=zero_point)[0]
+    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, axis: _MaybeAxis, zero_point: _MaybeTensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    return narrowed(_shapes_of(x, False, scale=scale, zero_point=zero_point)[0], dtype)
 
 
 def _lsq_backward(

@@ -12,24 +12,27 @@ from quantkern import triton as triton_twins
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Any, arguments: tuple[Any, ...], needs_mask: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernel: Any, arguments: tuple[Any, ...], needs_mask: bool, dtype: Any) -> Tensor:
         y: Tensor
-        y, mask = kernel(x, *arguments, needs_mask)
+        narrow = {} if dtype is None else {"dtype": dtype}
+        y, mask = kernel(x, *arguments, needs_mask, **narrow)
         ctx.save_for_backward(mask)
         ctx.strides = y.stride()
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (mask,) = ctx.saved_tensors
         grad = grads[0]
         if mask.numel() or not grad.numel():
             grad = triton_twins.fake_quantize_backward(grad, mask, ctx.strides)
-        return grad, None, None, None
+        return grad, None, None, None, None
 
 
-def run_triton(kernel: Any, x: Tensor, *arguments: Any, needs_mask: bool = True) -> Tensor:
-    """``kernel(x, *arguments, with_mask)``'s y; without a mask every gradient passes."""
+def run_triton(
+    kernel: Any, x: Tensor, *arguments: Any, needs_mask: bool = True, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``kernel(x, *arguments, with_mask, dtype)``'s y; without a mask every gradient passes."""
     mask = needs_mask and torch.is_grad_enabled() and x.requires_grad
-    y: Tensor = _StraightThrough.apply(x, kernel, arguments, mask)  # type: ignore[no-untyped-call]
+    y: Tensor = _StraightThrough.apply(x, kernel, arguments, mask, dtype)  # type: ignore[no-untyped-call]
     return y

@@ -42,11 +42,6 @@ def _per_device(
     return [results[i] for i in range(len(xs))]
 
 
-def _check_narrow(dtype: torch.dtype | None) -> None:
-    if dtype not in (None, torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
-
-
 def _same_length(xs: Sequence[Tensor], **lists: Sequence[Any]) -> None:
     for name, values in lists.items():
         if len(values) != len(xs):
@@ -103,7 +98,7 @@ def fake_quantize_weights(
         axes=axes, steps=steps, start_steps=start_steps,
     )  # fmt: skip
     counted = plain_axes(xs, axes)
-    _check_narrow(dtype)
+    functional.check_narrow(dtype)
     lists = (scales, zero_points, quant_min, quant_max, symmetric, counted, steps, start_steps)
 
     def run(indices: list[int]) -> list[Tensor]:
@@ -111,11 +106,10 @@ def fake_quantize_weights(
         return _FAKE_QUANTIZE_WEIGHTS(*arguments, dtype)  # type: ignore[no-any-return]
 
     def one(i: int, chosen: Backend) -> Tensor:
-        y = functional.fake_quantize_weight(
+        return functional.fake_quantize_weight(
             xs[i], scales[i], zero_points[i], quant_min[i], quant_max[i], symmetric[i], axes[i],
-            step=steps[i], start_step=start_steps[i], backend=chosen,
+            step=steps[i], start_step=start_steps[i], dtype=dtype, backend=chosen,
         )  # fmt: skip
-        return reference.narrowed(y, dtype)
 
     return _per_device(xs, backend, run, one)
 
@@ -161,7 +155,7 @@ def lsq_weights(
         reference.lsq_grad_scale(x, high, axis if axis >= 0 else None) if factor is None else factor
         for x, high, axis, factor in zip(xs, quant_max, counted, grad_scales, strict=True)
     ]
-    _check_narrow(dtype)
+    functional.check_narrow(dtype)
     lists = (scales, quant_min, quant_max, factors, counted)
 
     def run(indices: list[int]) -> list[Tensor]:
@@ -169,7 +163,7 @@ def lsq_weights(
         return _LSQ_WEIGHTS(*arguments, dtype)  # type: ignore[no-any-return]
 
     def one(i: int, chosen: Backend) -> Tensor:
-        y = functional.lsq(xs[i], scales[i], quant_min[i], quant_max[i], axes[i], factors[i], backend=chosen)
-        return reference.narrowed(y, dtype)
+        rule = (quant_min[i], quant_max[i], axes[i], factors[i])
+        return functional.lsq(xs[i], scales[i], *rule, dtype=dtype, backend=chosen)
 
     return _per_device(xs, backend, run, one)

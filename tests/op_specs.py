@@ -62,13 +62,21 @@ def _to(x: Tensor, *values: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _fake_quantize(
-    scale: Any, zero_point: Any, low: int, high: int, axis: int | None = None, step: int | None = None, start: int = 0
+    scale: Any,
+    zero_point: Any,
+    low: int,
+    high: int,
+    axis: int | None = None,
+    step: int | None = None,
+    start: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Run:
     def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
         s = scale.to(x.device) if isinstance(scale, Tensor) else scale
         z = zero_point.to(x.device) if isinstance(zero_point, Tensor) else zero_point
         counter = None if step is None else torch.tensor(step, device=x.device)
-        return (F.fake_quantize(x, s, z, low, high, axis, step=counter, start_step=start, backend=backend),)
+        gate: Any = {"step": counter, "start_step": start, "dtype": dtype, "backend": backend}
+        return (F.fake_quantize(x, s, z, low, high, axis, **gate),)
 
     return run
 
@@ -81,15 +89,15 @@ def _weight(
     channels: int = 1,
     step: int | None = None,
     start: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Run:
     def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
         shape = () if axis is None else (channels,)
         scale = torch.zeros(shape, device=x.device)
         zero_point = torch.zeros(shape, dtype=torch.int32, device=x.device)
         counter = None if step is None else torch.tensor(step, device=x.device)
-        y = F.fake_quantize_weight(
-            x, scale, zero_point, low, high, symmetric, axis, step=counter, start_step=start, backend=backend
-        )
+        gate: Any = {"step": counter, "start_step": start, "dtype": dtype, "backend": backend}
+        y = F.fake_quantize_weight(x, scale, zero_point, low, high, symmetric, axis, **gate)
         return y, scale, zero_point
 
     return run
@@ -119,18 +127,15 @@ def _activation(
     step: int | None = None,
     start: int = 0,
     clip: tuple[float, float] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Run:
     def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
         state = activation_state(x, () if axis is None else (channels,), seen=seen)
         flag = torch.tensor(observing, device=x.device)
         counter = None if step is None else torch.tensor(step, device=x.device)
         settings = (low, high, symmetric, 0.9, axis)
-        ys = [
-            F.fake_quantize_activation(
-                x * (1 + k), *state, flag, *settings, step=counter, start_step=start, clip=clip, backend=backend
-            )
-            for k in range(batches)
-        ]
+        gate: Any = {"step": counter, "start_step": start, "clip": clip, "dtype": dtype, "backend": backend}
+        ys = [F.fake_quantize_activation(x * (1 + k), *state, flag, *settings, **gate) for k in range(batches)]
         return (*ys, *state)
 
     return run
@@ -165,6 +170,12 @@ FAKE_QUANTIZE = OpSpec(
         Sample("three_channels_last", (50, 3), _fake_quantize(_vector(3, 0.1, 0.5), _int32(0, 1, 2), 0, 3, 1)),
         Sample("delayed", (41,), _fake_quantize(torch.tensor(0.25), _int32(0), -8, 7, step=4, start=5)),
         Sample("delay_over", (41,), _fake_quantize(torch.tensor(0.25), _int32(0), -8, 7, step=5, start=5)),
+        Sample("as_float16", (4, 65), _fake_quantize(0.3, -3, -128, 127, dtype=torch.float16)),
+        Sample(
+            "as_bfloat16",
+            (2, 5, 33),
+            _fake_quantize(_vector(5, 0.1, 0.5), _int32(*[0] * 5), -8, 7, 1, dtype=torch.bfloat16),
+        ),
     ),
     bad=(
         Bad("integer_tensor", lambda: F.fake_quantize(torch.arange(3), 0.1, 0, -8, 7), TypeError, "floating-point"),
@@ -215,6 +226,12 @@ FAKE_QUANTIZE = OpSpec(
             TypeError,
             "scale must be a vector",
         ),
+        Bad(
+            "dtype",
+            lambda: F.fake_quantize(torch.ones(3), 0.1, 0, -8, 7, dtype=torch.float32),
+            ValueError,
+            "dtype must be float16, bfloat16 or None",
+        ),
         Bad("string_scale", lambda: F.fake_quantize(torch.ones(3), "0.1", 0, -8, 7), TypeError, "scale must be"),
         Bad(
             "string_backend",
@@ -245,6 +262,8 @@ FAKE_QUANTIZE_WEIGHT = OpSpec(
         Sample("delayed", (6, 45), _weight(0, 255, False, step=1, start=2), edges=False),
         Sample("delayed_rows", (6, 45), _weight(-127, 127, True, 0, 6, step=1, start=2), edges=False),
         Sample("infinite_weight", (40,), _weight(-127, 127, True), edges=True),
+        Sample("as_float16", (70, 40), _weight(0, 15, False, 0, 70, dtype=torch.float16), edges=False),
+        Sample("as_bfloat16", (9, 21), _weight(0, 255, True, 1, 21, dtype=torch.bfloat16), edges=False),
         Sample("infinite_weight_affine", (40,), _weight(0, 255, False), edges=True),
     ),
     bad=(
@@ -304,6 +323,14 @@ FAKE_QUANTIZE_ACTIVATION = OpSpec(
         Sample("relu_channels", (3, 6, 40), _activation(0, 255, False, 1, 6, clip=(0.0, math.inf)), edges=False),
         Sample("hardtanh_last_axis", (30, 11), _activation(-7, 7, True, 1, 11, clip=(-1.0, 1.0))),
         Sample("relu_delayed", (50,), _activation(0, 255, False, step=0, start=1, clip=(0.0, math.inf))),
+        Sample("as_float16", (3, 6, 40), _activation(0, 255, False, 1, 6, dtype=torch.float16), edges=False),
+        Sample("as_bfloat16_later", (50,), _activation(0, 255, False, step=0, start=1, dtype=torch.bfloat16)),
+        Sample(
+            "relu_as_bfloat16_later",
+            (133,),
+            _activation(0, 255, False, step=0, start=1, clip=(0.0, 6.0), dtype=torch.bfloat16),
+        ),
+        Sample("relu_as_float16", (133,), _activation(0, 255, False, clip=(0.0, 6.0), dtype=torch.float16)),
         Sample("hardtanh_not_observing", (50,), _activation(0, 15, False, observing=False, clip=(-0.5, 0.5))),
     ),
     bad=(
@@ -351,10 +378,17 @@ FAKE_QUANTIZE_ACTIVATION = OpSpec(
 )
 
 
-def _lsq(low: int, high: int, scale: Any, axis: int | None = None, zero_point: Any = None) -> Run:
+def _lsq(
+    low: int,
+    high: int,
+    scale: Any,
+    axis: int | None = None,
+    zero_point: Any = None,
+    dtype: torch.dtype | None = None,
+) -> Run:
     def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
         z = None if zero_point is None else zero_point.to(x.device)
-        return (F.lsq(x, scale.to(x.device), low, high, axis, zero_point=z, backend=backend),)
+        return (F.lsq(x, scale.to(x.device), low, high, axis, zero_point=z, dtype=dtype, backend=backend),)
 
     return run
 
@@ -372,6 +406,12 @@ LSQ = OpSpec(
         Sample("channels_short_rows", (3, 5, 9), _lsq(-8, 7, _vector(5, 0.1, 0.5), 1, _vector(5, -2.0, 2.0))),
         Sample("channels_last_axis", (40, 19), _lsq(-8, 7, _vector(19, 0.1, 0.5), -1)),
         Sample("channels_depthwise", (40, 1, 3, 3), _lsq(-8, 7, _vector(40, 0.1, 0.5), 0)),
+        Sample("as_float16", (4, 65), _lsq(-8, 7, torch.tensor(0.3), dtype=torch.float16)),
+        Sample(
+            "as_bfloat16",
+            (3, 5, 9),
+            _lsq(-8, 7, _vector(5, 0.1, 0.5), 1, _vector(5, -2.0, 2.0), dtype=torch.bfloat16),
+        ),
     ),
     bad=(
         Bad("integer_tensor", lambda: F.lsq(torch.arange(3), torch.ones(1), -8, 7), TypeError, "floating-point"),
@@ -990,6 +1030,7 @@ def _fake_quantize_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     one, zero, step = torch.tensor(0.2), _int32(0), torch.tensor(3)
     yield _OPS.fake_quantize.default, (x, scale, zero_point, -8, 7, 1)
     yield _OPS.fake_quantize.default, (x, one, zero, -8, 7, None, step, 5)
+    yield _OPS.fake_quantize.default, (x, one, zero, -8, 7, None, step, 2, torch.bfloat16)
     yield _OPS.fake_quantize.number, (x, 0.2, 0.0, -8, 7)
     for with_mask in (False, True):
         yield _OPS.fake_quantize_forward.default, (x.detach(), scale, zero_point, -8, 7, 1, None, 0, with_mask)
@@ -1004,6 +1045,8 @@ def _weight_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     x = torch.randn(4, 6, requires_grad=True)
     for symmetric, low in ((True, -127), (False, -127), (True, 0)):
         yield _OPS.fake_quantize_weight.default, (x, torch.zeros(4), _int32(*[0] * 4), low, 127, symmetric, 0, None, 0)
+    narrow = (-127, 127, False, 0, None, 0, torch.float16)
+    yield _OPS.fake_quantize_weight.default, (x, torch.zeros(4), _int32(*[0] * 4), *narrow)
     arguments = (x.detach(), torch.zeros(()), torch.zeros((), dtype=torch.int32), 0, 255, False, None, None, 0)
     for with_mask in (False, True):
         yield _OPS.fake_quantize_weight_forward.default, (*arguments, with_mask)
@@ -1014,6 +1057,8 @@ def _activation_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     settings = (torch.tensor(True), 0, 255, False, 0.9)
     yield _OPS.fake_quantize_activation.default, (x, *activation_state(x, ()), *settings, None, None, 0)
     yield _OPS.fake_quantize_activation.default, (x, *activation_state(x, (6,)), *settings, 1, torch.tensor(2), 7)
+    narrow = (None, None, 0, None, None, torch.bfloat16)
+    yield _OPS.fake_quantize_activation.default, (x, *activation_state(x, ()), *settings, *narrow)
     for with_mask in (False, True):
         arguments = (x.detach(), *activation_state(x, ()), *settings, None, None, 0, with_mask)
         yield _OPS.fake_quantize_activation_forward.default, arguments
@@ -1059,7 +1104,9 @@ def _lsq_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield _OPS.lsq.default, (x, scale, -8, 7, 0.1, 1, zero_point)
     yield _OPS.lsq.default, (x, one, 0, 15, 0.1)
     yield _OPS.lsq.default, (x.detach(), one, 0, 15, 0.1)
+    yield _OPS.lsq.default, (x, one, 0, 15, 0.1, None, None, torch.float16)
     yield _OPS.lsq_forward.default, (x.detach(), one.detach(), 0, 15, None, None)
+    yield _OPS.lsq_forward.default, (x.detach(), one.detach(), 0, 15, None, None, torch.bfloat16)
     for zero in (None, zero_point.detach()):
         arguments = (torch.randn(4, 6), x.detach(), scale.detach(), -8, 7, 0.1, 1, zero)
         yield _OPS.lsq_backward.default, arguments

@@ -115,9 +115,10 @@ def fake_quantize(
     zero_point: Tensor,
     limits: tuple[int, int],
     step: Tensor | None = None,
+    narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     n, dtype = x.numel(), x.dtype
-    y, mask = Output(n, dtype), Output((n + 7) // 8, torch.uint8)
+    y, mask = Output(n, narrow or dtype), Output((n + 7) // 8, torch.uint8)
     error = kernels.fake_quantize(
         DTYPES[dtype], pointer(x), pointer(y.tensor), pointer(mask.tensor), ints(*x.shape), pointer(scale),
         pointer(zero_point), int(zero_point.dtype == torch.float32), ctypes.c_float(0), ctypes.c_float(0),
@@ -195,9 +196,10 @@ def weight(
     symmetric: bool,
     with_mask: bool,
     step: Tensor | None = None,
+    narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     n, channels = x.numel(), x.shape[1]
-    y, mask = Output(n, x.dtype), Output((n + 7) // 8 if with_mask else 0, torch.uint8)
+    y, mask = Output(n, narrow or x.dtype), Output((n + 7) // 8 if with_mask else 0, torch.uint8)
     scale, zero_point = Output(channels, torch.float32), Output(channels, torch.int32)
     error = kernels.fake_quantize_weight(
         DTYPES[x.dtype], pointer(x), pointer(y.tensor), pointer(mask.tensor) if with_mask else None, ints(*x.shape),
@@ -250,8 +252,9 @@ def activation(
     observing: bool,
     step: Tensor | None = None,
     clip: tuple[float, float] | None = None,
+    narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    y, mask = Output(x.numel(), x.dtype), Output((x.numel() + 7) // 8, torch.uint8)
+    y, mask = Output(x.numel(), narrow or x.dtype), Output((x.numel() + 7) // 8, torch.uint8)
     bounds = map(ctypes.c_float, clip or (0.0, 0.0))
     flag = torch.tensor([observing])
     error = kernels.fake_quantize_activation(
@@ -287,6 +290,34 @@ def test_activation(kernels: ctypes.CDLL, view: tuple[int, int, int], dtype: tor
             same(actual, value)
         if observing:
             assert torch.equal(passes, reference.quantize(x, state[2], state[3], -128, 127, axis_of(x))[1])
+
+
+@pytest.mark.parametrize("view", WEIGHT_VIEWS, ids=str)
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16], ids=str)
+def test_float32_becomes_a_narrow_type_in_the_same_pass(
+    kernels: ctypes.CDLL, view: tuple[int, int, int], narrow: torch.dtype
+) -> None:
+    x = make_input(view, torch.float32, special=False)
+    channels = view[1]
+    scale, zero_point = torch.linspace(0.003, 0.4, channels), torch.zeros(channels, dtype=torch.int32)
+    gates = [(None, None), (None, (0.0, 1.5)), (torch.tensor([6]), None), (torch.tensor([6]), (0.0, 1.5))]
+
+    def run(y: torch.dtype | None) -> list[Tensor | None]:
+        kernels.set_y_dtype(-1 if y is None else DTYPES[y])
+        found: list[Tensor | None] = [*fake_quantize(kernels, x, scale, zero_point, (-8, 7), narrow=y)]
+        found += weight(kernels, x, (-128, 127), False, True, narrow=y)
+        for step, clip in gates:
+            found += activation(kernels, x, fresh_state(channels), True, True, step, clip, narrow=y)
+        return found
+
+    try:
+        wide, narrowed = run(None), run(narrow)
+    finally:
+        kernels.set_y_dtype(-1)
+    for own, other in zip(wide, narrowed, strict=True):
+        assert own is not None and other is not None
+        same(other, own.to(other.dtype))
+    assert {other.dtype for other in narrowed if other is not None} == {narrow, torch.bool, torch.float32, torch.int32}
 
 
 def test_activation_waits_for_every_channel(kernels: ctypes.CDLL) -> None:

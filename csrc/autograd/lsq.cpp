@@ -13,15 +13,16 @@ namespace {
 
 using torch::autograd::variable_list;
 using MaybeTensor = std::optional<at::Tensor>;
+using MaybeType = std::optional<at::ScalarType>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 at::Tensor call_forward(const at::Tensor& x, const at::Tensor& scale, const LsqSettings& s,
-                        const MaybeTensor& zero_point) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("quantkern::lsq_forward", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t, MaybeAxis, const MaybeTensor&)>();
-  return op.call(x, scale, s.quant_min, s.quant_max, s.axis, zero_point);
+                        const MaybeTensor& zero_point, MaybeType dtype) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("quantkern::lsq_forward", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t, MaybeAxis,
+                                               const MaybeTensor&, MaybeType)>();
+  return op.call(x, scale, s.quant_min, s.quant_max, s.axis, zero_point, dtype);
 }
 
 Gradients call_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& scale, const LsqSettings& s,
@@ -76,14 +77,14 @@ struct LsqBackward : public torch::autograd::Node {
 };
 
 at::Tensor lsq(const at::Tensor& x, const at::Tensor& scale, int64_t quant_min, int64_t quant_max, double grad_scale,
-               MaybeAxis axis, const MaybeTensor& zero_point) {
+               MaybeAxis axis, const MaybeTensor& zero_point, MaybeType dtype) {
   const LsqSettings settings{quant_min, quant_max, grad_scale, axis};
   const at::Tensor zero = zero_point.value_or(at::Tensor());
   const bool needed = needs_gradient(x) || needs_gradient(scale) || (zero.defined() && needs_gradient(zero));
   at::Tensor y;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    y = call_forward(x, scale, settings, zero_point);
+    y = call_forward(x, scale, settings, zero_point, dtype);
   }
   if (!needed) return y;
   attach_lsq(x, y, scale, zero, settings);

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include "../common/check_args.h"
 #include "../common/layout.h"
 
 namespace quantkern {
@@ -14,9 +15,7 @@ inline bool is_plain_cpu(const at::Tensor& x) { return x.is_cpu() && !at::isTens
 
 // dtype: what a float32 x becomes, if anything else.
 inline at::Tensor new_result(const at::Tensor& x, std::optional<at::ScalarType> dtype) {
-  TORCH_CHECK_VALUE(!dtype.has_value() || dtype == at::kHalf || dtype == at::kBFloat16,
-                    "dtype must be float16, bfloat16 or None, got ", *dtype);
-  const at::ScalarType own = x.scalar_type(), wanted = own == at::kFloat ? dtype.value_or(own) : own;
+  const at::ScalarType wanted = result_dtype(x, dtype);
   if (is_plain_cpu(x) && x.is_non_overlapping_and_dense()) return new_strided(x.sizes(), x.strides(), x, wanted);
   return at::empty_like(x, x.options().dtype(wanted));
 }

@@ -123,6 +123,13 @@ inline void check_gradient(const at::Tensor& grad, const at::Tensor& x) {
   TORCH_CHECK_VALUE(grad.device() == x.device(), "grad is on ", grad.device(), ", x on ", x.device());
 }
 
+// The type of a result: x's own, or what a float32 x shall become in the same pass.
+inline at::ScalarType result_dtype(const at::Tensor& x, std::optional<at::ScalarType> dtype) {
+  TORCH_CHECK_VALUE(!dtype.has_value() || dtype == at::kHalf || dtype == at::kBFloat16,
+                    "dtype must be float16, bfloat16 or None, got ", *dtype);
+  return x.scalar_type() == at::kFloat ? dtype.value_or(at::kFloat) : x.scalar_type();
+}
+
 // A gradient that its own backward overwrites.
 inline void check_same_memory(const at::Tensor& grad, const at::Tensor& x) {
   check_dense(x, "x");

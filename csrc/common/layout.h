@@ -50,6 +50,13 @@ inline DenseInOut dense_in_out(const at::Tensor& x) {
   return {out, out};
 }
 
+// The same for an output of a type of its own, where there is nothing in it to work on.
+inline DenseInOut dense_in_out(const at::Tensor& x, at::ScalarType dtype) {
+  if (dtype == x.scalar_type()) return dense_in_out(x);
+  const at::Tensor in = x.is_non_overlapping_and_dense() ? x : at::empty_like(x).copy_(x);
+  return {in, new_strided(in.sizes(), in.strides(), in, dtype)};
+}
+
 // The same for an output of given dense strides, such as those of the tensor whose gradient x is.
 inline DenseInOut dense_in_out(const at::Tensor& x, at::IntArrayRef strides) {
   const at::Tensor out = new_strided(x.sizes(), strides, x);

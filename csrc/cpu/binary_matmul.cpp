@@ -120,6 +120,7 @@ struct Rows {
 };
 void copy_rows(const void* source, int64_t first, int64_t count, uint8_t* out) {
   const Rows& rows = *static_cast<const Rows*>(source);
+  if (rows.bytes == 0) return;  // of no elements; there is no memory then
   std::memcpy(out, rows.data + first * rows.bytes, count * rows.bytes);
 }
 

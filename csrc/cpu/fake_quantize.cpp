@@ -58,7 +58,8 @@ TensorPair fake_quantize_number_cpu(const at::Tensor& x, double scale, double ze
 
 TensorPair fake_quantize_cpu(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
                              int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
-                             const std::optional<at::Tensor>& step, int64_t start_step, bool with_mask) {
+                             const std::optional<at::Tensor>& step, int64_t start_step, bool with_mask,
+                             std::optional<at::ScalarType> dtype) {
   check_input(x);
   check_quant_range(quant_min, quant_max);
   axis = check_axis(x, axis);
@@ -67,7 +68,7 @@ TensorPair fake_quantize_cpu(const at::Tensor& x, const at::Tensor& scale, const
   check_parameter(scale, x, axis, "scale");
   check_parameter(zero_point, x, axis, "zero_point");
   check_step(step, x);
-  auto [in, out] = dense_in_out(x);
+  auto [in, out] = dense_in_out(x, result_dtype(x, dtype));
   at::Tensor mask = new_mask(x, with_mask);
   if (is_delayed(step, start_step)) {
     run_identity(in, out, mask);

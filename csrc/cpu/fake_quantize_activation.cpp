@@ -29,12 +29,20 @@ struct ActivationState {
   }
 };
 
+// run_clip, for an out of another type too.
+void clip_into(const at::Tensor& in, const at::Tensor& out, const at::Tensor& mask, const Clip& clip) {
+  if (in.scalar_type() == out.scalar_type()) return run_clip(in, out, mask, clip.lower, clip.upper);
+  const at::Tensor clipped = new_strided(in.sizes(), in.strides(), in);
+  run_clip(in, clipped, mask, clip.lower, clip.upper);
+  out.copy_(clipped);
+}
+
 TensorPair fake_quantize_activation_cpu(const at::Tensor& x, at::Tensor& running_min, at::Tensor& running_max,
                                         at::Tensor& scale, at::Tensor& zero_point, const at::Tensor& observing,
                                         int64_t quant_min, int64_t quant_max, bool symmetric, double ema_decay,
                                         std::optional<int64_t> axis, const std::optional<at::Tensor>& step,
                                         int64_t start_step, bool with_mask, std::optional<double> lower,
-                                        std::optional<double> upper) {
+                                        std::optional<double> upper, std::optional<at::ScalarType> dtype) {
   check_input(x);
   check_quant_range(quant_min, quant_max);
   axis = check_axis(x, axis);
@@ -46,7 +54,7 @@ TensorPair fake_quantize_activation_cpu(const at::Tensor& x, at::Tensor& running
   check_ema_decay(ema_decay);
   check_step(step, x);
   const Clip clip = check_clip(lower, upper, x.scalar_type());
-  auto [in, out] = dense_in_out(x);
+  auto [in, out] = dense_in_out(x, result_dtype(x, dtype));
   at::Tensor mask = new_mask(x, with_mask);
   if (x.numel() == 0) return {out, mask};
   const Layout layout = layout_of(out, axis);
@@ -73,7 +81,7 @@ TensorPair fake_quantize_activation_cpu(const at::Tensor& x, at::Tensor& running
   if (active)
     run_fake_quantize(in, out, mask, params.view());
   else if (clip.wanted)
-    run_clip(in, out, mask, clip.lower, clip.upper);
+    clip_into(in, out, mask, clip);
   else
     run_identity(in, out, mask);
   return {out, mask};

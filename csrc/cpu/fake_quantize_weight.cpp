@@ -64,14 +64,15 @@ namespace {
 
 TensorPair fake_quantize_weight_cpu(const at::Tensor& x, at::Tensor& scale, at::Tensor& zero_point, int64_t quant_min,
                                     int64_t quant_max, bool symmetric, std::optional<int64_t> axis,
-                                    const std::optional<at::Tensor>& step, int64_t start_step, bool with_mask) {
+                                    const std::optional<at::Tensor>& step, int64_t start_step, bool with_mask,
+                                    std::optional<at::ScalarType> dtype) {
   check_input(x);
   check_quant_range(quant_min, quant_max);
   axis = check_axis(x, axis);
   check_state(scale, x, axis, at::kFloat, "scale");
   check_state(zero_point, x, axis, at::kInt, "zero_point");
   check_step(step, x);
-  auto [in, out] = dense_in_out(x);
+  auto [in, out] = dense_in_out(x, result_dtype(x, dtype));
   at::Tensor mask = new_mask(x, with_mask);
   if (x.numel() == 0) return {out, mask};
   const WeightState state{scale.mutable_data_ptr<float>(), zero_point.mutable_data_ptr<int32_t>(),

@@ -29,9 +29,9 @@ namespace {
 using MaybeTensor = std::optional<at::Tensor>;
 
 at::Tensor lsq_cpu(const at::Tensor& x, const at::Tensor& scale, int64_t quant_min, int64_t quant_max,
-                   std::optional<int64_t> axis, const MaybeTensor& zero_point) {
+                   std::optional<int64_t> axis, const MaybeTensor& zero_point, std::optional<at::ScalarType> dtype) {
   axis = check_lsq(x, scale, quant_min, quant_max, axis, zero_point);
-  auto [in, out] = dense_in_out(x);
+  auto [in, out] = dense_in_out(x, result_dtype(x, dtype));
   const Layout layout = layout_of(out, axis);
   PreparedParams params(layout, quant_min, quant_max);
   set_lsq_params(params, layout, scale, zero_point);

@@ -7,8 +7,9 @@
 // (i / inner) % channels. Bit i % 8 of byte i / 8 is element i.
 // Grid: one thread owns eight consecutive elements and their mask byte, then strides by the whole grid. Blocks of
 // 256 threads, at most 32 a multiprocessor.
-// Bytes an element: forward reads x and writes y and 1/8 byte of mask, 8.125 in float32 and 4.125 in 16 bits; the
-// backward moves the same, and in place only the groups of eight in which a gradient stops, 1/8 byte at best.
+// Bytes an element: forward reads x and writes y and 1/8 byte of mask, 8.125 in float32, 4.125 in 16
+// bits, 6.125 from the one to the other; the backward moves the same, and in place only the groups of eight in which a
+// gradient stops, 1/8 byte at best.
 // Numerics: float32 for every element type, IEEE division, no contraction (numerics/affine.h). While the gate is
 // closed elements are moved without conversion, so that y is x bit for bit.
 #include "fake_quantize.cuh"
@@ -26,9 +27,9 @@ enum class Granularity {
   kElements  // any layout: neighbours may belong to different channels
 };
 
-template <class T, Granularity kGranularity>
+template <class T, class Y, Granularity kGranularity>
 __global__ void __launch_bounds__(kBlock)
-    fake_quantize_kernel(const T* x, T* y, uint8_t* mask, ChannelView view, Parameters parameters, Gate gate,
+    fake_quantize_kernel(const T* x, Y* y, uint8_t* mask, ChannelView view, Parameters parameters, Gate gate,
                          float quant_min, float quant_max, ClipBounds clip, bool x_vectorizable) {
   const bool open = is_open(gate);
   const int64_t numel = view.numel(), stride = static_cast<int64_t>(gridDim.x) * kBlock;
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kBlock)
         bits = quantize_in_place(group, affine, quant_min, quant_max);
       }
     }
-    store_group(y, begin, numel, true, group);
+    store_group(y, begin, numel, true, converted<Y>(group));
     if (mask != nullptr) mask[index] = static_cast<uint8_t>(bits & inside & element_bits(begin, numel));
   }
 }
@@ -71,11 +72,11 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-template <class T, Granularity kGranularity>
+template <class T, class Y, Granularity kGranularity>
 cudaError_t launch_forward(const FakeQuantizeArguments& a, cudaStream_t stream) {
   const int64_t numel = a.view.numel();
-  return launch_over_groups(fake_quantize_kernel<T, kGranularity>, numel, stream, static_cast<const T*>(a.x),
-                            static_cast<T*>(a.y), a.mask, a.view, a.parameters, a.gate, static_cast<float>(a.quant_min),
+  return launch_over_groups(fake_quantize_kernel<T, Y, kGranularity>, numel, stream, static_cast<const T*>(a.x),
+                            static_cast<Y*>(a.y), a.mask, a.view, a.parameters, a.gate, static_cast<float>(a.quant_min),
                             static_cast<float>(a.quant_max), a.clip, is_vectorizable(a.x, 1, numel));
 }
 
@@ -83,11 +84,12 @@ cudaError_t launch_forward(const FakeQuantizeArguments& a, cudaStream_t stream) 
 
 cudaError_t launch_fake_quantize(const FakeQuantizeArguments& a, cudaStream_t stream) {
   if (a.view.numel() == 0) return cudaSuccess;
-  return for_dtype(a.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    if (a.view.channels == 1) return launch_forward<T, Granularity::kTensor>(a, stream);
-    if (a.view.inner % kGroup == 0) return launch_forward<T, Granularity::kRows>(a, stream);
-    return launch_forward<T, Granularity::kElements>(a, stream);
+  return for_dtype_pair(a.dtype, a.y_dtype.value_or(a.dtype), [&](auto* of_x, auto* of_y) {
+    using T = std::remove_pointer_t<decltype(of_x)>;
+    using Y = std::remove_pointer_t<decltype(of_y)>;
+    if (a.view.channels == 1) return launch_forward<T, Y, Granularity::kTensor>(a, stream);
+    if (a.view.inner % kGroup == 0) return launch_forward<T, Y, Granularity::kRows>(a, stream);
+    return launch_forward<T, Y, Granularity::kElements>(a, stream);
   });
 }
 

@@ -32,7 +32,7 @@ struct FakeQuantizeArguments {
   Gate gate;
   int quant_min, quant_max;
   ClipBounds clip = {};
-  std::optional<DType> y_dtype = {};  // where y is of a 16-bit type and x float32, which only lists of weights take
+  std::optional<DType> y_dtype = {};  // where it is not dtype: a 16-bit type for float32
 };
 
 cudaError_t launch_fake_quantize(const FakeQuantizeArguments& arguments, cudaStream_t stream);

@@ -9,8 +9,8 @@
 // Grid: ranges.cu, then one warp a channel for the state, then fake_quantize.cu. The state kernel raises a flag in the
 // workspace where a channel has seen nothing; ranges.cu has cleared it. Nothing is read back by the host, so the
 // three launches can be captured in a graph.
-// Bytes an element: 12 in float32 and 6 in 16 bits, plus 1/8 for the mask; 8 and 4 while observing is off, when x is
-// not read for its range and no state is written.
+// Bytes an element: 12 in float32, 6 in 16 bits, 10 from the one to the other, plus 1/8 for the mask; 8, 4 and 6 while
+// observing is off, when x is not read for its range and no state is written.
 // Numerics: both factors of the average are rounded to float32 on the host; no contraction.
 #include "fake_quantize_activation.cuh"
 
@@ -88,8 +88,8 @@ cudaError_t launch_fake_quantize_activation(const ActivationArguments& a, void* 
   if (error != cudaSuccess) return error;
   const Parameters parameters = {a.scale, a.zero_point, false, 0.0f, 0.0f};
   const Gate gate = {a.gate.step, a.gate.start_step, blocked};
-  return launch_fake_quantize({a.dtype, a.x, a.y, a.mask, a.view, parameters, gate, a.quant_min, a.quant_max, a.clip},
-                              stream);
+  return launch_fake_quantize(
+      {a.dtype, a.x, a.y, a.mask, a.view, parameters, gate, a.quant_min, a.quant_max, a.clip, a.y_dtype}, stream);
 }
 
 }  // namespace quantkern::cuda

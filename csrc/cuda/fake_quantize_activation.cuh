@@ -21,7 +21,8 @@ struct ActivationArguments {
   bool symmetric;
   double ema_decay;
   ClipBounds clip;
-  Gate gate;  // its `blocked` is set by the launcher
+  Gate gate;                          // its `blocked` is set by the launcher
+  std::optional<DType> y_dtype = {};  // where it is not dtype: a 16-bit type for float32
 };
 
 // Scratch memory the launcher needs, 16-byte aligned.

@@ -13,7 +13,7 @@ TensorPair fake_quantize_activation_cuda(const at::Tensor& x, at::Tensor& runnin
                                          int64_t quant_min, int64_t quant_max, bool symmetric, double ema_decay,
                                          std::optional<int64_t> axis, const std::optional<at::Tensor>& step,
                                          int64_t start_step, bool with_mask, std::optional<double> lower,
-                                         std::optional<double> upper) {
+                                         std::optional<double> upper, std::optional<at::ScalarType> dtype) {
   check_cuda_input(x);
   check_quant_range(quant_min, quant_max);
   axis = check_axis(x, axis);
@@ -26,7 +26,7 @@ TensorPair fake_quantize_activation_cuda(const at::Tensor& x, at::Tensor& runnin
   check_step(step, x);
   const Clip clip = check_clip(lower, upper, x.scalar_type());
   const c10::cuda::CUDAGuard guard(x.device());
-  auto [in, out] = dense_in_out(x);
+  auto [in, out] = dense_in_out(x, result_dtype(x, dtype));
   at::Tensor mask = new_mask(x, with_mask);
   if (x.numel() == 0) return {out, mask};
   const ActivationArguments arguments = {dtype_of(x),
@@ -44,7 +44,8 @@ TensorPair fake_quantize_activation_cuda(const at::Tensor& x, at::Tensor& runnin
                                          symmetric,
                                          ema_decay,
                                          {static_cast<float>(clip.lower), static_cast<float>(clip.upper), clip.wanted},
-                                         gate_of(step, start_step)};
+                                         gate_of(step, start_step),
+                                         dtype_of(out)};
   int64_t bytes = 0;
   C10_CUDA_CHECK(activation_workspace_bytes(arguments, bytes));
   const at::Tensor workspace = new_workspace(x, bytes);

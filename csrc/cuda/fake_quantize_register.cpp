@@ -9,8 +9,9 @@ namespace {
 
 // Everything but the parameters has been checked.
 TensorPair run_fake_quantize(const at::Tensor& x, const Parameters& parameters, const Gate& gate, int64_t quant_min,
-                             int64_t quant_max, std::optional<int64_t> axis, bool with_mask) {
-  auto [in, out] = dense_in_out(x);
+                             int64_t quant_max, std::optional<int64_t> axis, bool with_mask,
+                             std::optional<at::ScalarType> dtype) {
+  auto [in, out] = dense_in_out(x, result_dtype(x, dtype));
   at::Tensor mask = new_mask(x, with_mask);
   if (x.numel() == 0) return {out, mask};
   const FakeQuantizeArguments arguments = {dtype_of(x),
@@ -21,7 +22,9 @@ TensorPair run_fake_quantize(const at::Tensor& x, const Parameters& parameters, 
                                            parameters,
                                            gate,
                                            static_cast<int>(quant_min),
-                                           static_cast<int>(quant_max)};
+                                           static_cast<int>(quant_max),
+                                           /*clip=*/{},
+                                           dtype_of(out)};
   C10_CUDA_CHECK(launch_fake_quantize(arguments, c10::cuda::getCurrentCUDAStream()));
   return {out, mask};
 }
@@ -36,12 +39,13 @@ TensorPair fake_quantize_number_cuda(const at::Tensor& x, double scale, double z
   Parameters parameters;
   parameters.scale_number = static_cast<float>(scale);
   parameters.zero_point_number = static_cast<float>(zero_point);
-  return run_fake_quantize(x, parameters, {}, quant_min, quant_max, std::nullopt, with_mask);
+  return run_fake_quantize(x, parameters, {}, quant_min, quant_max, std::nullopt, with_mask, std::nullopt);
 }
 
 TensorPair fake_quantize_cuda(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
                               int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
-                              const std::optional<at::Tensor>& step, int64_t start_step, bool with_mask) {
+                              const std::optional<at::Tensor>& step, int64_t start_step, bool with_mask,
+                              std::optional<at::ScalarType> dtype) {
   check_cuda_input(x);
   check_quant_range(quant_min, quant_max);
   axis = check_axis(x, axis);
@@ -56,7 +60,7 @@ TensorPair fake_quantize_cuda(const at::Tensor& x, const at::Tensor& scale, cons
   parameters.scale = scales.const_data_ptr<float>();
   parameters.zero_point = zero_points.const_data_ptr();
   parameters.zero_point_is_float = zero_points.scalar_type() == at::kFloat;
-  return run_fake_quantize(x, parameters, gate_of(step, start_step), quant_min, quant_max, axis, with_mask);
+  return run_fake_quantize(x, parameters, gate_of(step, start_step), quant_min, quant_max, axis, with_mask, dtype);
 }
 
 at::Tensor fake_quantize_backward_cuda(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef strides) {

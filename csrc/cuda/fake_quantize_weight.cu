@@ -5,7 +5,8 @@
 // Layout: x, y and the mask in the order x lies in memory, [outer, channels, inner]; scale and zero point [channels].
 // Grid, rows that fit a block (outer == 1): one block owns a channel and keeps it in registers between the range and
 // y, so x is read once. Grid, otherwise: ranges.cu, then one warp a channel for the scale, then fake_quantize.cu.
-// Bytes an element: 8 in float32 and 4 in 16 bits when a block owns a channel, else 12 and 6; plus 1/8 for the mask.
+// Bytes an element: 8 in float32, 4 in 16 bits and 6 from the one to the other when a block owns a channel, else 12, 6
+// and 10; plus 1/8 for the mask.
 // Numerics: a channel without values gets the smallest scale; scale and zero point are written also while the step
 // has not come, only y is then x.
 #include "fake_quantize_weight.cuh"
@@ -23,9 +24,9 @@ constexpr int kRowBlock = 512;
 // Groups a thread of the row kernel keeps in registers, at most.
 constexpr int kMaxRowGroups = 4;
 
-template <class T, int kGroups>
+template <class T, class Y, int kGroups>
 __global__ void __launch_bounds__(kRowBlock)
-    quantize_weight_row_kernel(const T* x, T* y, uint8_t* mask, ChannelView view, Choice choice, Gate gate,
+    quantize_weight_row_kernel(const T* x, Y* y, uint8_t* mask, ChannelView view, Choice choice, Gate gate,
                                bool x_vectorizable, bool y_vectorizable) {
   const bool open = is_open(gate);
   const float quant_min = static_cast<float>(choice.quant_min), quant_max = static_cast<float>(choice.quant_max);
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kRowBlock)
       if (begin >= view.inner) break;
       unsigned bits = 0xffu;
       if (open) bits = quantize_in_place(groups[k], affine, quant_min, quant_max);
-      store_group(y + start, begin, view.inner, y_vectorizable, groups[k]);
+      store_group(y + start, begin, view.inner, y_vectorizable, converted<Y>(groups[k]));
       if (mask != nullptr) mask[(start + begin) / kGroup] = bits & element_bits(begin, view.inner);
     }
   }
@@ -72,18 +73,18 @@ bool fits_row_kernel(const WeightArguments& a) {
   return a.view.outer == 1 && a.view.inner > 0 && a.view.inner <= kRowBlock * kMaxRowGroups * kGroup && own_mask;
 }
 
-template <class T>
+template <class T, class Y>
 cudaError_t launch_rows(const WeightArguments& a, const Choice& choice, cudaStream_t stream) {
   const int64_t groups = ceil_div(a.view.inner, kGroup);
   const auto run = [&](auto kernel, int kept) {
     const int threads = static_cast<int>(ceil_div(ceil_div(groups, kept), kWarp) * kWarp);
-    return launch(kernel, a.view.channels, threads, stream, static_cast<const T*>(a.x), static_cast<T*>(a.y), a.mask,
+    return launch(kernel, a.view.channels, threads, stream, static_cast<const T*>(a.x), static_cast<Y*>(a.y), a.mask,
                   a.view, choice, a.gate, is_vectorizable(a.x, a.view.channels, a.view.inner),
                   is_vectorizable(a.y, a.view.channels, a.view.inner));
   };
-  if (groups <= kRowBlock) return run(quantize_weight_row_kernel<T, 1>, 1);
-  if (groups <= 2 * kRowBlock) return run(quantize_weight_row_kernel<T, 2>, 2);
-  return run(quantize_weight_row_kernel<T, kMaxRowGroups>, kMaxRowGroups);
+  if (groups <= kRowBlock) return run(quantize_weight_row_kernel<T, Y, 1>, 1);
+  if (groups <= 2 * kRowBlock) return run(quantize_weight_row_kernel<T, Y, 2>, 2);
+  return run(quantize_weight_row_kernel<T, Y, kMaxRowGroups>, kMaxRowGroups);
 }
 
 }  // namespace
@@ -100,8 +101,10 @@ cudaError_t weight_workspace_bytes(const WeightArguments& a, int64_t& bytes) {
 cudaError_t launch_fake_quantize_weight(const WeightArguments& a, void* workspace, cudaStream_t stream) {
   const Choice choice = {a.scale, a.zero_point, a.quant_min, a.quant_max, a.symmetric};
   if (fits_row_kernel(a)) {
-    return for_dtype(a.dtype,
-                     [&](auto* type) { return launch_rows<std::remove_pointer_t<decltype(type)>>(a, choice, stream); });
+    return for_dtype_pair(a.dtype, a.y_dtype.value_or(a.dtype), [&](auto* of_x, auto* of_y) {
+      return launch_rows<std::remove_pointer_t<decltype(of_x)>, std::remove_pointer_t<decltype(of_y)>>(a, choice,
+                                                                                                       stream);
+    });
   }
   RangePlan plan;
   cudaError_t error = plan_ranges(a.view, plan);
@@ -113,8 +116,8 @@ cudaError_t launch_fake_quantize_weight(const WeightArguments& a, void* workspac
                  choice);
   if (error != cudaSuccess) return error;
   const Parameters parameters = {a.scale, a.zero_point, false, 0.0f, 0.0f};
-  return launch_fake_quantize({a.dtype, a.x, a.y, a.mask, a.view, parameters, a.gate, a.quant_min, a.quant_max},
-                              stream);
+  return launch_fake_quantize(
+      {a.dtype, a.x, a.y, a.mask, a.view, parameters, a.gate, a.quant_min, a.quant_max, {}, a.y_dtype}, stream);
 }
 
 }  // namespace quantkern::cuda

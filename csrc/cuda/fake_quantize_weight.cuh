@@ -19,7 +19,7 @@ struct WeightArguments {
   int quant_min, quant_max;
   bool symmetric;
   Gate gate;
-  std::optional<DType> y_dtype = {};  // where y is of a 16-bit type and x float32, which only lists of weights take
+  std::optional<DType> y_dtype = {};  // where it is not dtype: a 16-bit type for float32
 };
 
 // Scratch memory the launcher needs, 16-byte aligned; 0 where one kernel does everything.

@@ -9,7 +9,8 @@ namespace {
 
 TensorPair fake_quantize_weight_cuda(const at::Tensor& x, at::Tensor& scale, at::Tensor& zero_point, int64_t quant_min,
                                      int64_t quant_max, bool symmetric, std::optional<int64_t> axis,
-                                     const std::optional<at::Tensor>& step, int64_t start_step, bool with_mask) {
+                                     const std::optional<at::Tensor>& step, int64_t start_step, bool with_mask,
+                                     std::optional<at::ScalarType> dtype) {
   check_cuda_input(x);
   check_quant_range(quant_min, quant_max);
   axis = check_axis(x, axis);
@@ -17,7 +18,7 @@ TensorPair fake_quantize_weight_cuda(const at::Tensor& x, at::Tensor& scale, at:
   check_state(zero_point, x, axis, at::kInt, "zero_point");
   check_step(step, x);
   const c10::cuda::CUDAGuard guard(x.device());
-  auto [in, out] = dense_in_out(x);
+  auto [in, out] = dense_in_out(x, result_dtype(x, dtype));
   at::Tensor mask = new_mask(x, with_mask);
   if (x.numel() == 0) return {out, mask};
   const WeightArguments arguments = {dtype_of(x),
@@ -30,7 +31,8 @@ TensorPair fake_quantize_weight_cuda(const at::Tensor& x, at::Tensor& scale, at:
                                      static_cast<int>(quant_min),
                                      static_cast<int>(quant_max),
                                      symmetric,
-                                     gate_of(step, start_step)};
+                                     gate_of(step, start_step),
+                                     dtype_of(out)};
   int64_t bytes = 0;
   C10_CUDA_CHECK(weight_workspace_bytes(arguments, bytes));
   const at::Tensor workspace = new_workspace(x, bytes);

@@ -29,16 +29,24 @@ struct LsqParameters {
 };
 
 at::Tensor lsq_cuda(const at::Tensor& x, const at::Tensor& scale, int64_t quant_min, int64_t quant_max,
-                    std::optional<int64_t> axis, const MaybeTensor& zero_point) {
+                    std::optional<int64_t> axis, const MaybeTensor& zero_point, std::optional<at::ScalarType> dtype) {
   check_cuda_input(x);
   axis = check_lsq(x, scale, quant_min, quant_max, axis, zero_point);
   const c10::cuda::CUDAGuard guard(x.device());
-  auto [in, out] = dense_in_out(x);
+  auto [in, out] = dense_in_out(x, result_dtype(x, dtype));
   if (x.numel() == 0) return out;
   const LsqParameters parameters(scale, zero_point);
-  const FakeQuantizeArguments arguments = {dtype_of(x),      in.const_data_ptr(),         out.mutable_data_ptr(),
-                                           /*mask=*/nullptr, view_of(out, axis),          parameters.get(),
-                                           /*gate=*/{},      static_cast<int>(quant_min), static_cast<int>(quant_max)};
+  const FakeQuantizeArguments arguments = {dtype_of(x),
+                                           in.const_data_ptr(),
+                                           out.mutable_data_ptr(),
+                                           /*mask=*/nullptr,
+                                           view_of(out, axis),
+                                           parameters.get(),
+                                           /*gate=*/{},
+                                           static_cast<int>(quant_min),
+                                           static_cast<int>(quant_max),
+                                           /*clip=*/{},
+                                           dtype_of(out)};
   C10_CUDA_CHECK(launch_fake_quantize(arguments, c10::cuda::getCurrentCUDAStream()));
   return out;
 }

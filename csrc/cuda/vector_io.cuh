@@ -129,22 +129,28 @@ cudaError_t for_dtype(DType dtype, F f) {
   }
 }
 
-// Calls f(x's type, y's type) for every pair that lists of weights know: the same, or a 16-bit type for float32.
+// Calls f with null pointers of x's and y's element types: the same, or a 16-bit type of y for float32.
+template <class F>
+cudaError_t for_dtype_pair(DType x, DType y, F f) {
+  return for_dtype(x, [&](auto* of_x) {
+    return for_dtype(y, [&](auto* of_y) {
+      using T = std::remove_pointer_t<decltype(of_x)>;
+      using Y = std::remove_pointer_t<decltype(of_y)>;
+      if constexpr (std::is_same_v<T, Y> || std::is_same_v<T, float>)
+        return f(of_x, of_y);
+      else
+        return cudaErrorInvalidValue;
+    });
+  });
+}
+
+// Calls f(x's type, y's type) for every pair that quantizing kernels know: the same, or a 16-bit type for float32.
 template <class F>
 cudaError_t for_dtype_pairs(F f) {
   for (const DType x : {DType::kFloat, DType::kHalf, DType::kBFloat16}) {
     for (const DType y : {DType::kFloat, DType::kHalf, DType::kBFloat16}) {
       if (x != y && x != DType::kFloat) continue;
-      const cudaError_t error = for_dtype(x, [&](auto* of_x) {
-        return for_dtype(y, [&](auto* of_y) {
-          using T = std::remove_pointer_t<decltype(of_x)>;
-          using Y = std::remove_pointer_t<decltype(of_y)>;
-          if constexpr (std::is_same_v<T, Y> || std::is_same_v<T, float>)
-            return f(x, y, of_x, of_y);
-          else
-            return cudaErrorInvalidValue;
-        });
-      });
+      const cudaError_t error = for_dtype_pair(x, y, [&](auto* of_x, auto* of_y) { return f(x, y, of_x, of_y); });
       if (error != cudaSuccess) return error;
     }
   }

@@ -69,7 +69,7 @@ class LearnedFakeQuant(LearnedState):
             return x
         low, high = self.spec.quant_range
         scale, zero_point = self.bound() if self.training else self.grid()
-        return functional.lsq(x, scale, low, high, axis, self.grad_scale(x, axis), zero_point)
+        return functional.lsq(x, scale, low, high, axis, self.grad_scale(x, axis), zero_point, dtype=self.narrow(x))
 
     def bound(self) -> tuple[Tensor, Tensor | None]:
         """Set scale and zero point to what ``grid`` says, in place, and return them.
@@ -117,7 +117,7 @@ class LearnedFakeQuant(LearnedState):
         return self.ready
 
     def initialize_outside_graphs(self, x: Tensor, axis: int | None) -> bool:
-        """``initialize``, which a compiler that has given up on the forward around it shall not take up piece by piece."""
+        """``initialize``, which a compiler that has given up on what is around it shall not take up piece by piece."""
         if "torch._dynamo" not in sys.modules:
             return self.initialize(x, axis)
         from quantkern.outside_graphs import call_outside_graphs

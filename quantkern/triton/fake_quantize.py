@@ -206,9 +206,10 @@ def fake_quantize_forward(
     step: Tensor | None,
     start_step: int,
     with_mask: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, mask). scale: float32, zero_point: int32 or float32, one value or one a channel of ``axis``."""
-    dense, y = dense_in_out(x)
+    dense, y = dense_in_out(x, dtype)
     mask = new_mask(x, with_mask)
     if x.numel() > 0:
         scale, zero_point = scale.detach().contiguous(), zero_point.detach().contiguous()

@@ -89,9 +89,10 @@ def fake_quantize_activation_forward(
     step: Tensor | None,
     start_step: int,
     with_mask: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, mask); writes the state, contiguous, one value or one a channel of ``axis``, while ``observing`` is set."""
-    dense, y = dense_in_out(x)
+    dense, y = dense_in_out(x, dtype)
     mask = new_mask(x, with_mask)
     layout = layout_of(dense, axis)
     if layout.channels == 0:

@@ -10,6 +10,7 @@ too, but y is x and the gradient passes everywhere.
 # triton ships no types, so triton.jit is untyped.
 # mypy: disallow-untyped-decorators=False
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -57,9 +58,10 @@ def fake_quantize_weight_forward(
     step: Tensor | None,
     start_step: int,
     with_mask: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, mask); writes scale (float32) and zero_point (int32), contiguous, one value or one a channel of ``axis``."""
-    dense, y = dense_in_out(x)
+    dense, y = dense_in_out(x, dtype)
     mask = new_mask(x, with_mask)
     layout = layout_of(dense, axis)
     if layout.channels == 0:

@@ -57,13 +57,19 @@ def layout_of(dense: Tensor, axis: int | None) -> Layout:
     return Layout(numel // (channels * inner), channels, inner)
 
 
-def dense_in_out(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x as the kernels read it and the tensor they write: the same one where x had to be copied."""
+def dense_in_out(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """x as the kernels read it and the tensor they write: the same one where x had to be copied.
+
+    dtype: what a float32 x becomes; the second tensor is then always another one.
+    """
     if x.dtype not in DTYPES:
         expected = ", ".join(str(dtype) for dtype in DTYPES)
         raise TypeError(f"the Triton kernels take {expected}, got {x.dtype}; convert x or use another backend")
     x = x.detach()
     out = torch.empty_like(x)
+    if dtype is not None and x.dtype is torch.float32:
+        dense = x if is_dense(x.shape, x.stride()) else out.copy_(x)
+        return dense, torch.empty_like(dense, dtype=dtype)
     if is_dense(x.shape, x.stride()):
         return x, out
     out.copy_(x)

@@ -196,10 +196,16 @@ def launch_gradients(
 
 
 def lsq_forward(
-    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, axis: int | None, zero_point: Tensor | None
+    x: Tensor,
+    scale: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    zero_point: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y. scale and zero_point (None: 0): float32, one value or one a channel of ``axis``."""
-    dense, y = dense_in_out(x)
+    dense, y = dense_in_out(x, dtype)
     if x.numel() > 0:
         scale = scale.detach().contiguous()
         zeros = torch.zeros_like(scale) if zero_point is None else zero_point.detach().contiguous()

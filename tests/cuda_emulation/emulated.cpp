@@ -54,11 +54,16 @@ Window window_of(const int64_t* w) {
   return {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12], w[13]};
 }
 
+// What y of single tensors is, where it is not x's type.
+std::optional<DType> y_dtype;
+
 }  // namespace
 
 extern "C" {
 
 void set_multiprocessors(int count) { emulation::multiprocessors = count; }
+
+void set_y_dtype(int dtype) { y_dtype = dtype < 0 ? std::nullopt : std::optional(static_cast<DType>(dtype)); }
 
 int fake_quantize(int dtype, const void* x, void* y, uint8_t* mask, const int64_t* view, const float* scale,
                   const void* zero_point, int zero_point_is_float, float scale_number, float zero_point_number,
@@ -72,7 +77,9 @@ int fake_quantize(int dtype, const void* x, void* y, uint8_t* mask, const int64_
                                parameters,
                                {step, start_step, nullptr},
                                quant_min,
-                               quant_max},
+                               quant_max,
+                               /*clip=*/{},
+                               y_dtype},
                               nullptr);
 }
 
@@ -93,7 +100,8 @@ int fake_quantize_weight(int dtype, const void* x, void* y, uint8_t* mask, const
                                      quant_min,
                                      quant_max,
                                      symmetric != 0,
-                                     {step, start_step, nullptr}};
+                                     {step, start_step, nullptr},
+                                     y_dtype};
   int64_t bytes = 0;
   if (const cudaError_t error = weight_workspace_bytes(arguments, bytes)) return error;
   Workspace workspace(bytes);
@@ -165,7 +173,8 @@ int fake_quantize_activation(int dtype, const void* x, void* y, uint8_t* mask, c
                                          symmetric != 0,
                                          ema_decay,
                                          {lower, upper, clips != 0},
-                                         {step, start_step, nullptr}};
+                                         {step, start_step, nullptr},
+                                         y_dtype};
   int64_t bytes = 0;
   if (const cudaError_t error = activation_workspace_bytes(arguments, bytes)) return error;
   Workspace workspace(bytes);
