@@ -1,7 +1,8 @@
 """Builds quantkern._C: CPU kernels always, CUDA kernels where torch and the toolkit allow.
 
 QUANTKERN_CUDA=auto (default) builds CUDA kernels when torch is a CUDA build and a matching nvcc is found;
-1 insists on them, 0 leaves them out. MAX_JOBS limits parallel compilation.
+1 insists on them, 0 leaves them out. MAX_JOBS limits parallel compilation. QUANTKERN_SANITIZE=address,undefined (what
+the compiler's -fsanitize= takes) builds the CPU kernels with these checks; scripts/sanitize.py does that.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
+SANITIZE = os.environ.get("QUANTKERN_SANITIZE", "")
 
 
 def sources(pattern: str) -> list[str]:
     """Paths below csrc, relative as setuptools wants them."""
     return sorted(str(path.relative_to(ROOT)) for path in CSRC.glob(pattern))
+
+
+CPP = sources("*.cpp") + sources("common/*.cpp") + sources("cpu/*.cpp") + sources("autograd/*.cpp")
+# No contraction: CPU, CUDA and Triton agree to the last bit.
+FLAGS = ["-std=c++20", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden"]
 
 
 def nvcc_version(cuda_home: str) -> str | None:
@@ -63,22 +70,38 @@ def wants_cuda() -> bool:
     return reason is None
 
 
+def sanitize(checks: str) -> object:
+    """The extension with the compiler's run-time checks, without CUDA; it never comes into the source tree."""
+    instrument = [f"-fsanitize={checks}"]
+    if "undefined" in checks.split(","):
+        # Conversions of floating-point numbers are not part of "undefined". torch's classes export no type information.
+        instrument += ["-fsanitize=float-cast-overflow", "-fno-sanitize=vptr"]
+    compiled = [*FLAGS, "-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS", *instrument]
+    return cpp_extension.CppExtension(
+        "quantkern._C",
+        CPP,
+        extra_compile_args=compiled,
+        extra_link_args=["-fopenmp", *instrument],
+    )
+
+
 def extension() -> object:
     """The one extension module."""
+    if SANITIZE:
+        return sanitize(SANITIZE)
     cuda = wants_cuda()
-    cpp = sources("*.cpp") + sources("common/*.cpp") + sources("cpu/*.cpp") + sources("autograd/*.cpp")
-    # No contraction: CPU, CUDA and Triton agree to the last bit. -g0: torch's headers make huge debug sections.
-    flags = {"cxx": ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden"]}
+    # -g0: torch's headers make huge debug sections.
+    flags = {"cxx": ["-O3", "-g0", *FLAGS]}
     if not cuda:
         return cpp_extension.CppExtension(
-            "quantkern._C", cpp, extra_compile_args=flags, extra_link_args=["-fopenmp", "-s"]
+            "quantkern._C", CPP, extra_compile_args=flags, extra_link_args=["-fopenmp", "-s"]
         )
     archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
     flags["cxx"].append(f'-DQK_CUDA_ARCHS="{archs}"')
     flags["nvcc"] = ["-O3", "-std=c++17", "--fmad=false", "-lineinfo"]
     return cpp_extension.CUDAExtension(
         "quantkern._C",
-        cpp + sources("cuda/*.cpp") + sources("cuda/*.cu"),
+        CPP + sources("cuda/*.cpp") + sources("cuda/*.cu"),
         extra_compile_args=flags,
         extra_link_args=["-fopenmp"],
     )
@@ -104,7 +127,7 @@ class BuildExt(cpp_extension.BuildExtension):
     def run(self) -> None:
         record_torch()
         super().run()
-        if not self.inplace:
+        if not self.inplace and not SANITIZE:
             for built in self.get_outputs():
                 shutil.copy2(built, ROOT / "quantkern" / Path(built).name)
 

@@ -1180,7 +1180,7 @@ def _pool_op_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield _OPS.packed_max_pool2d.default, (_signs(2, 6, 5, 40), _int32(3, 0), [3, 3], [2, 1], [1, 0])
 
 
-def _histogram_state(rows: int) -> list[Tensor]:
+def histogram_state(rows: int) -> list[Tensor]:
     shape = (rows,) if rows > 1 else ()
     return [
         *(torch.full(shape, end) for end in (math.inf, -math.inf)),
@@ -1197,8 +1197,8 @@ def _range_arguments() -> tuple[Any, ...]:
 
 WITHOUT_TWIN: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "observe_histogram": lambda: [
-        (torch.randn(4, 5), None, *_histogram_state(1)),
-        (torch.randn(4, 5), 1, *_histogram_state(5)),
+        (torch.randn(4, 5), None, *histogram_state(1)),
+        (torch.randn(4, 5), 1, *histogram_state(5)),
     ],
     "histogram_range": lambda: [_range_arguments()],
     "to_codes": lambda: [

@@ -211,16 +211,3 @@ def test_bad_input_is_a_clear_error(bad: Bad) -> None:
     with pytest.raises(bad.error) as caught:
         bad.call()
     assert re.search(bad.message, str(caught.value)), str(caught.value)
-
-
-@pytest.mark.parametrize("sample", SAMPLES)
-def test_results_do_not_depend_on_the_number_of_threads(sample: Sample) -> None:
-    x = sample_x(sample, torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = with_gradient(sample, x, Backend.NATIVE)
-        torch.set_num_threads(3)
-        assert_same(with_gradient(sample, x, Backend.NATIVE), one)
-    finally:
-        torch.set_num_threads(threads)

@@ -39,7 +39,7 @@ static const Tables& lookup_tables() {
   return tables;
 }
 
-// Where an item keeps things in its scratch memory.
+// Where an item keeps things in its scratch memory; without memory only how much it takes.
 struct Places {
   int32_t *dots, *odd, *carried;
   uint16_t* sums;
@@ -50,7 +50,7 @@ static Places places(const BinaryProduct& p, int64_t count, uint8_t* memory) {
   const int64_t panels = (count + kPanel - 1) / kPanel;
   size_t at = 0;
   const auto take = [&](size_t bytes) {
-    uint8_t* here = memory + at;
+    uint8_t* here = memory ? memory + at : nullptr;
     at += (bytes + 63) / 64 * 64;
     return here;
   };
