@@ -27,19 +27,25 @@ def plain_axes(xs: Sequence[Tensor], axes: Sequence[int | None]) -> list[int]:
 def _per_device(
     xs: Sequence[Tensor],
     backend: Backend,
-    run: Callable[[list[int]], list[Tensor]],
+    run: Callable[[list[int] | None], list[Tensor]],
     one: Callable[[int, Backend], Tensor],
 ) -> list[Tensor]:
-    """``run`` on the tensors of each device that has compiled kernels, else ``one`` after the other."""
+    """``run`` on the tensors of each device that has compiled kernels (None: all), else ``one`` after the other."""
     places: dict[torch.device, list[int]] = {}
     for i, x in enumerate(xs):
         places.setdefault(x.device, []).append(i)
+    if len(places) == 1 and resolve(xs[0], backend) is Backend.NATIVE:
+        return run(None)
     results: dict[int, Tensor] = {}
     for indices in places.values():
         chosen = resolve(xs[indices[0]], backend)
         native = chosen is Backend.NATIVE
         results.update(zip(indices, run(indices) if native else [one(i, chosen) for i in indices], strict=True))
     return [results[i] for i in range(len(xs))]
+
+
+def _chosen(lists: Sequence[Sequence[Any]], indices: list[int] | None) -> list[list[Any]]:
+    return [list(values) if indices is None else [values[i] for i in indices] for values in lists]
 
 
 def _same_length(xs: Sequence[Tensor], **lists: Sequence[Any]) -> None:
@@ -101,9 +107,8 @@ def fake_quantize_weights(
     functional.check_narrow(dtype)
     lists = (scales, zero_points, quant_min, quant_max, symmetric, counted, steps, start_steps)
 
-    def run(indices: list[int]) -> list[Tensor]:
-        arguments = [[values[i] for i in indices] for values in (xs, *lists)]  # type: ignore[index]
-        return _FAKE_QUANTIZE_WEIGHTS(*arguments, dtype)  # type: ignore[no-any-return]
+    def run(indices: list[int] | None) -> list[Tensor]:
+        return _FAKE_QUANTIZE_WEIGHTS(*_chosen((xs, *lists), indices), dtype)  # type: ignore[no-any-return]
 
     def one(i: int, chosen: Backend) -> Tensor:
         return functional.fake_quantize_weight(
@@ -158,9 +163,8 @@ def lsq_weights(
     functional.check_narrow(dtype)
     lists = (scales, quant_min, quant_max, factors, counted)
 
-    def run(indices: list[int]) -> list[Tensor]:
-        arguments = ([values[i] for i in indices] for values in (xs, *lists))  # type: ignore[index]
-        return _LSQ_WEIGHTS(*arguments, dtype)  # type: ignore[no-any-return]
+    def run(indices: list[int] | None) -> list[Tensor]:
+        return _LSQ_WEIGHTS(*_chosen((xs, *lists), indices), dtype)  # type: ignore[no-any-return]
 
     def one(i: int, chosen: Backend) -> Tensor:
         rule = (quant_min[i], quant_max[i], axes[i], factors[i])

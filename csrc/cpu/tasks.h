@@ -10,8 +10,9 @@
 
 namespace quantkern::cpu {
 
-// Elements a task has at most: a quarter of a second-level cache, so that what one pass read the next still finds.
-constexpr int64_t kTaskElements = 65536;
+// Elements a task has at most: few microseconds of work, so that the threads end together, and a small part of a
+// second-level cache, so that what one pass read the next still finds.
+constexpr int64_t kTaskElements = 16384;
 
 // f(i) for every task, which the threads take in order. A task may wait for one before it: that one has been taken,
 // and by a thread that runs.
