@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkern import functional, reference
+from quantkern import reference
+from quantkern.affine import fake_quantize_weight
+from quantkern.arguments import check_axis, check_narrow
 from quantkern.backend import Backend, resolve
+from quantkern.learned_step import lsq
 
 _FAKE_QUANTIZE_WEIGHTS = torch.ops.quantkern.fake_quantize_weights.default
 _LSQ_WEIGHTS = torch.ops.quantkern.lsq_weights.default
@@ -21,7 +24,7 @@ _LSQ_WEIGHTS = torch.ops.quantkern.lsq_weights.default
 
 def plain_axes(xs: Sequence[Tensor], axes: Sequence[int | None]) -> list[int]:
     """The axes as the operators have them: counted from the front, -1 for a whole tensor."""
-    return [-1 if axis is None else functional.check_axis(x, axis) for x, axis in zip(xs, axes, strict=True)]  # type: ignore[misc]
+    return [-1 if axis is None else check_axis(x, axis) for x, axis in zip(xs, axes, strict=True)]  # type: ignore[misc]
 
 
 def _per_device(
@@ -104,14 +107,14 @@ def fake_quantize_weights(
         axes=axes, steps=steps, start_steps=start_steps,
     )  # fmt: skip
     counted = plain_axes(xs, axes)
-    functional.check_narrow(dtype)
+    check_narrow(dtype)
     lists = (scales, zero_points, quant_min, quant_max, symmetric, counted, steps, start_steps)
 
     def run(indices: list[int] | None) -> list[Tensor]:
         return _FAKE_QUANTIZE_WEIGHTS(*_chosen((xs, *lists), indices), dtype)  # type: ignore[no-any-return]
 
     def one(i: int, chosen: Backend) -> Tensor:
-        return functional.fake_quantize_weight(
+        return fake_quantize_weight(
             xs[i], scales[i], zero_points[i], quant_min[i], quant_max[i], symmetric[i], axes[i],
             step=steps[i], start_step=start_steps[i], dtype=dtype, backend=chosen,
         )  # fmt: skip
@@ -160,7 +163,7 @@ def lsq_weights(
         reference.lsq_grad_scale(x, high, axis if axis >= 0 else None) if factor is None else factor
         for x, high, axis, factor in zip(xs, quant_max, counted, grad_scales, strict=True)
     ]
-    functional.check_narrow(dtype)
+    check_narrow(dtype)
     lists = (scales, quant_min, quant_max, factors, counted)
 
     def run(indices: list[int] | None) -> list[Tensor]:
@@ -168,6 +171,6 @@ def lsq_weights(
 
     def one(i: int, chosen: Backend) -> Tensor:
         rule = (quant_min[i], quant_max[i], axes[i], factors[i])
-        return functional.lsq(xs[i], scales[i], *rule, dtype=dtype, backend=chosen)
+        return lsq(xs[i], scales[i], *rule, dtype=dtype, backend=chosen)
 
     return _per_device(xs, backend, run, one)
