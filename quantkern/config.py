@@ -395,6 +395,9 @@ def plan_layers(
         if rule_of is None or not rule_of.specs:
             continue
         plan = LayerPlan(own[0], module, rule_of.label, rule_of.specs)
+        if is_quantized(module):  # not looked at: a learned scale starts when its weight is asked for in training
+            problems.append(f"{plan.rule}: layer {plan.name!r} has a quantizer already; export_model() takes it off")
+            continue
         specs = {}
         for quant_type, spec in rule_of.specs.items():
             if quant_type == "weight":
@@ -402,8 +405,6 @@ def plan_layers(
             else:
                 default_axis = 1 if spec.axis is None else spec.axis
                 specs[quant_type] = replace(spec, axis=default_axis if spec.per_channel else None)
-        if is_quantized(module):
-            problems.append(f"{plan.rule}: layer {plan.name!r} has a quantizer already; export_model() takes it off")
         plans.append(replace(plan, specs=specs))
     if not plans and not problems:
         types = sorted({op_type(module) for module in names})

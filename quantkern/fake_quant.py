@@ -231,7 +231,7 @@ class WeightFakeQuant(RangedFakeQuant):
     """A parametrization: the weight on the grid of its own current range, in training and in evaluation.
 
     After a calibration dict was loaded, evaluation uses the loaded scale and zero point until the next training
-    forward.
+    forward. Until then a state_dict has the entry ``loaded``, so that whoever loads it does so too.
     """
 
     compute_ahead = staticmethod(compute_ranged)
@@ -271,6 +271,18 @@ class WeightFakeQuant(RangedFakeQuant):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to ``layer.weight`` sets the float weight."""
         return weight
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.loaded:
+            destination[prefix + "loaded"] = torch.ones((), dtype=torch.bool, device=self.scale.device)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        rest = dict(state_dict)
+        loaded = rest.pop(prefix + "loaded", None) is not None  # neither a parameter nor a buffer: strictly, unexpected
+        super()._load_from_state_dict(rest, prefix, *args)
+        if prefix + "scale" in rest:
+            self.loaded = loaded
 
     def calibration(self, name: str) -> dict[str, Any]:
         """Settings, scale and zero point, the latter two as 1-d tensors as NNI writes them."""

@@ -1,6 +1,7 @@
 """Runs random trials of every operation until told to stop: ``python -m tests.fuzz --minutes 10 --op lsq``.
 
-Every case follows from its own seed. What fails is printed with the command that runs that case alone.
+With ``--quantizers`` random models under random quantizers, with random actions in random order. Every case follows
+from its own seed. What fails is printed with the command that runs that case alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 import secrets
 import signal
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +25,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the tests import each other b
 import conftest  # noqa: E402, F401  before triton
 import torch  # noqa: E402
 from op_specs import every_draw  # noqa: E402
-from strategies import Draw, RandomDraw  # noqa: E402
-from trials import Trial, check  # noqa: E402
+from quantizer_session import Session  # noqa: E402
+from random_models import QUANTIZERS  # noqa: E402
+from strategies import Draw, RandomDraw, pick  # noqa: E402
+from trials import check  # noqa: E402
 
 from benchmarks.harness import environment  # noqa: E402
 from quantkern import _C, Backend, files  # noqa: E402
 
-CHUNK = 50
-"""Cases of an operation before it is another one's turn."""
+CHUNK, SESSIONS = 50, 2
+"""Cases of an operation, and of a quantizer, before it is another one's turn."""
 
 SHOWN = 5
 """Failures of an operation that are kept and printed."""
@@ -46,50 +51,68 @@ class Tally:
     failures: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run_case(draw_trial: Callable[[Draw], Trial], seed: int, device: str, backend: Backend) -> bool:
-    """One case; whether its arguments were valid."""
-    draw = RandomDraw(seed, device)
-    return check(draw, draw_trial(draw), backend)
+Case = Callable[[Draw, list[str]], bool]
+"""Runs one case and returns whether its arguments were valid; the list receives what the case was, as it is drawn."""
 
 
-def describe(draw_trial: Callable[[Draw], Trial], seed: int, device: str) -> str:
-    """How a case calls its operation, as far as it can be drawn."""
-    try:
-        return draw_trial(RandomDraw(seed, device)).describe()
-    except Exception as error:
-        return f"cannot be drawn: {error!r}"
+def operation(name: str, backend: Backend) -> Case:
+    """Cases of an operation."""
+
+    def run_case(draw: Draw, what: list[str]) -> bool:
+        trial = every_draw()[name](draw)
+        what.append(trial.describe())
+        return check(draw, trial, backend)
+
+    return run_case
 
 
-def run_chunk(name: str, tally: Tally, cases: int, seed: int, device: str, backend: Backend) -> None:
-    """The next cases of an operation."""
-    draw_trial, began = every_draw()[name], time.perf_counter()
-    for case in range(seed + tally.tried, seed + tally.tried + cases):
+def sessions(kind: str) -> Case:
+    """Cases of a quantizer: a model, a configuration and what is done with them."""
+
+    def run_case(draw: Draw, what: list[str]) -> bool:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            session = Session(draw, Path(folder), kind)
+            try:
+                for _ in range(draw.integer(2, 12)):
+                    session.act(draw, pick(draw, session.actions))
+            finally:
+                what.append(session.describe())
+        return True
+
+    return run_case
+
+
+def run_chunk(case: Case, tally: Tally, cases: int, seed: int, device: str, again: str) -> None:
+    """The next cases; again: the command for one of them, without its seed."""
+    began = time.perf_counter()
+    for number in range(seed + tally.tried, seed + tally.tried + cases):
+        what: list[str] = []
         try:
-            tally.refused += not run_case(draw_trial, case, device, backend)
-        except Exception as error:  # whatever an operation does wrong is a finding
+            tally.refused += not case(RandomDraw(number, device), what)
+        except Exception as error:  # whatever goes wrong is a finding
             tally.failed += 1
             if len(tally.failures) < SHOWN:
-                what = f"{describe(draw_trial, case, device)}: {type(error).__name__}: {error}"
-                tally.failures.append({"seed": case, "what": what})
-                again = f"python -m tests.fuzz --op {name} --seed {case} --cases 1"
-                print(f"FAILED {what}\n  again: {again} --device {device} --backend {backend.value}", flush=True)
+                text = f"{' '.join(what)}: {type(error).__name__}: {error}"
+                tally.failures.append({"seed": number, "what": text})
+                print(f"FAILED {text}\n  again: {again} --seed {number} --cases 1", flush=True)
         tally.tried += 1
     tally.seconds += time.perf_counter() - began
 
 
 def run(
-    names: list[str], minutes: float | None, cases: int | None, seed: int, device: str, backend: Backend
+    case_of: dict[str, tuple[Case, str]], minutes: float | None, cases: int | None, seed: int, device: str, chunk: int
 ) -> dict[str, Tally]:
-    """Cases of every named operation, as many of one as of another, until the time, the cases or patience end."""
-    tallies = {name: Tally() for name in names}
+    """As many cases of one name as of another, until the time, the cases or patience end."""
+    tallies = {name: Tally() for name in case_of}
     began = shown = time.monotonic()
     try:
         while minutes is None or time.monotonic() - began < 60 * minutes:
             name = min(tallies, key=lambda name: tallies[name].tried)
-            left = CHUNK if cases is None else min(CHUNK, cases - tallies[name].tried)
+            left = chunk if cases is None else min(chunk, cases - tallies[name].tried)
             if left <= 0:
                 break
-            run_chunk(name, tallies[name], left, seed, device, backend)
+            run_chunk(case_of[name][0], tallies[name], left, seed, device, case_of[name][1])
             if time.monotonic() - shown > 60:
                 shown = time.monotonic()
                 done = sum(tally.tried for tally in tallies.values())
@@ -105,8 +128,8 @@ def total_failed(tallies: dict[str, Tally]) -> int:
 
 
 def print_table(tallies: dict[str, Tally]) -> None:
-    """Cases tried per operation."""
-    print(f"{'operation':26}{'cases':>12}{'refused':>10}{'failed':>8}{'us a case':>11}")
+    """Cases tried, by name."""
+    print(f"{'':26}{'cases':>12}{'refused':>10}{'failed':>8}{'us a case':>11}")
     for name, tally in tallies.items():
         each = 1e6 * tally.seconds / tally.tried if tally.tried else 0.0
         print(f"{name:26}{tally.tried:12,}{tally.refused:10,}{tally.failed:8}{each:11.0f}")
@@ -115,11 +138,11 @@ def print_table(tallies: dict[str, Tally]) -> None:
 def write_report(path: Path, tallies: dict[str, Tally], arguments: dict[str, Any]) -> None:
     """Counts, failures, and where they come from."""
     document = {
-        "fuzz": "operations",
+        "fuzz": "quantizers" if arguments["quantizers"] else "operations",
         **environment(torch.device(arguments["device"])),
         "cpu_capabilities": list(_C.supported_cpu_capabilities()),
         "arguments": arguments,
-        "operations": {name: vars(tally) for name, tally in tallies.items()},
+        "tallies": {name: vars(tally) for name, tally in tallies.items()},
     }
     with files.replaced("--json", path) as file:
         file.write_text(json.dumps(document, indent=1) + "\n")
@@ -129,8 +152,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, help="stop after so long; without it and --cases: when interrupted")
-    parser.add_argument("--cases", type=int, help="stop when every operation had so many")
+    parser.add_argument("--cases", type=int, help="stop when each had so many")
     parser.add_argument("--op", action="append", choices=sorted(every_draw()), help="only this one; may be repeated")
+    parser.add_argument("--quantizers", action="store_true", help="sessions of quantizers instead of operations")
+    parser.add_argument("--quantizer", action="append", choices=sorted(QUANTIZERS), help="only this one, as --op")
     parser.add_argument("--seed", type=int, help="of the first case; the others follow (default: a random one)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the tensors lie")
     parser.add_argument("--backend", default="native", choices=["native", "triton"], help="what is compared")
@@ -149,10 +174,16 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     torch.set_num_threads(1)  # the tensors are small
     seed = secrets.randbits(48) if given.seed is None else given.seed
-    print(f"seed {seed}, {given.backend} on {given.device} against the reference", flush=True)
-    tallies = run(
-        given.op or list(every_draw()), given.minutes, given.cases, seed, given.device, Backend(given.backend)
-    )
+    what = "quantizers" if given.quantizers else f"{given.backend} on {given.device} against the reference"
+    print(f"seed {seed}, {what}", flush=True)
+    if given.quantizers:
+        command = "python -m tests.fuzz --quantizers --quantizer"
+        case_of = {kind: (sessions(kind), f"{command} {kind}") for kind in given.quantizer or QUANTIZERS}
+    else:
+        command = f"python -m tests.fuzz --device {given.device} --backend {given.backend} --op"
+        backend = Backend(given.backend)
+        case_of = {name: (operation(name, backend), f"{command} {name}") for name in given.op or every_draw()}
+    tallies = run(case_of, given.minutes, given.cases, seed, given.device, SESSIONS if given.quantizers else CHUNK)
     print_table(tallies)
     if given.json:
         write_report(given.json, tallies, {**vars(given), "json": str(given.json), "seed": seed})

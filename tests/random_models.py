@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import quantkern
 from quantkern.quantizers.base import Quantizer
+from quantkern.quantizers.folding import FoldingQuantizer
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,22 @@ class Recipe:
     norm: bool
     bias: bool
     tied: bool
+    raw: bool
+    layer: str
     activation: str
 
 
-KINDS = ("images", "tokens", "two_inputs")
+KINDS = ("images", "tokens", "two_inputs", "images")
+CONVOLUTIONS = ("plain", "depthwise", "transposed")
 ACTIVATIONS: dict[str, Any] = {"relu": nn.ReLU, "hardtanh": nn.Hardtanh, "prelu": nn.PReLU, "gelu": nn.GELU}
 BATCH, SIDE, LENGTH, WORDS, CLASSES = 4, 6, 5, 7, 3
 
 
 def recipes(draw: Draw) -> Recipe:
-    """Convolutions, linear layers, embeddings; layers with two names, nested blocks, tied weights, several inputs."""
+    """Convolutions, linear layers, embeddings; layers with two names, nested blocks, tied weights, several inputs.
+
+    raw: the input goes through an activation first, a layer without a weight on a tensor without a gradient.
+    """
     return Recipe(
         kind=pick(draw, KINDS),
         width=pick(draw, (4, 1, 3, 8)),
@@ -43,8 +50,22 @@ def recipes(draw: Draw) -> Recipe:
         norm=chance(draw, 60),
         bias=not chance(draw, 30),
         tied=chance(draw, 30),
+        raw=chance(draw, 30),
+        layer=pick(draw, CONVOLUTIONS),
         activation=pick(draw, tuple(ACTIVATIONS)),
     )
+
+
+def convolution(recipe: Recipe) -> nn.Module:
+    """Of the recipe's width, from images to images of the same size."""
+    kind = nn.ConvTranspose2d if recipe.layer == "transposed" else nn.Conv2d
+    groups = recipe.width if recipe.layer == "depthwise" else 1
+    return kind(recipe.width, recipe.width, 3, padding=1, groups=groups, bias=recipe.bias)
+
+
+def entrance(recipe: Recipe) -> nn.Module:
+    """What the input goes through first."""
+    return ACTIVATIONS[recipe.activation]() if recipe.raw else nn.Identity()  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -55,7 +76,7 @@ class Block(nn.Module):
 
         def layer() -> nn.Module:
             if images:
-                return nn.Conv2d(recipe.width, recipe.width, 3, padding=1, bias=recipe.bias)
+                return convolution(recipe)
             return nn.Linear(recipe.width, recipe.width, bias=recipe.bias)
 
         norm = (
@@ -74,6 +95,7 @@ class Images(nn.Module):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
+        self.enter = entrance(recipe)
         self.stem = nn.Conv2d(2, recipe.width, 3, stride=2, padding=1, bias=recipe.bias)
         self.norm = nn.BatchNorm2d(recipe.width) if recipe.norm else nn.Identity()
         block = Block(recipe, True)
@@ -82,7 +104,7 @@ class Images(nn.Module):
         self.head = nn.Linear(4 * recipe.width, CLASSES, bias=recipe.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.pool(self.blocks(self.norm(self.stem(x)))).flatten(1))
+        y: Tensor = self.head(self.pool(self.blocks(self.norm(self.stem(self.enter(x))))).flatten(1))
         return y
 
 
@@ -106,17 +128,18 @@ class Tokens(nn.Module):
 
 
 class TwoInputs(nn.Module):
-    """A bilinear layer, keyword arguments, and a layer that is called twice."""
+    """A bilinear layer, keyword and optional arguments, and a layer that is called twice."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
+        self.enter = entrance(recipe)
         self.left = nn.Linear(6, recipe.width, bias=recipe.bias)
         self.right = self.left if recipe.shared else nn.Linear(6, recipe.width, bias=recipe.bias)
         self.act = ACTIVATIONS[recipe.activation]()
         self.mix = nn.Bilinear(recipe.width, recipe.width, CLASSES, bias=recipe.bias)
 
     def forward(self, x: Tensor, other: Tensor, scale: Tensor | None = None) -> Tensor:
-        y: Tensor = self.mix(self.act(self.left(x)), self.act(self.right(other)))
+        y: Tensor = self.mix(self.act(self.left(self.enter(x))), input2=self.act(self.right(input=other)))
         return y if scale is None else y * scale
 
 
@@ -134,7 +157,8 @@ def batch(recipe: Recipe, seed: int) -> tuple[Tensor, ...]:
         return (torch.randn(BATCH, 2, SIDE, SIDE, generator=generator),)
     if recipe.kind == "tokens":
         return (torch.randint(WORDS, (BATCH, LENGTH), generator=generator),)
-    return torch.randn(BATCH, 6, generator=generator), torch.rand(BATCH, 6, generator=generator)
+    x, other = torch.randn(BATCH, 6, generator=generator), torch.rand(BATCH, 6, generator=generator)
+    return (x, other, torch.tensor(0.5)) if recipe.norm else (x, other)
 
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
@@ -149,7 +173,7 @@ TYPES = {
     "naive": ("weight",),
     "dorefa": ("weight", "input", "output", "gradient"),
 }
-WEIGHTED = ("Conv2d", "Linear", "Embedding", "Bilinear", "PReLU")
+WEIGHTED = ("Conv2d", "ConvTranspose2d", "Linear", "Embedding", "Bilinear", "PReLU")
 SYMMETRIC = ("per_tensor_symmetric", "per_channel_symmetric")
 SCHEMES = (*SYMMETRIC, "per_tensor_affine", "per_channel_affine")
 
@@ -196,7 +220,8 @@ def configs(draw: Draw, kind: str, model: nn.Module) -> list[dict[str, Any]]:
     types = TYPES.get(kind, ("weight", "input", "output"))
     weighted = [name for name in classes if name in WEIGHTED]
     chosen = ["default"] if chance(draw, 40) else some(draw, weighted)
-    found = [rule(draw, kind, some(draw, types), op_types=chosen)]
+    first = some(draw, types) if chance(draw, 20) else ["weight", *(t for t in types[1:] if chance(draw, 50))]
+    found = [rule(draw, kind, first, op_types=chosen)]
     without = [name for name in classes if name not in (*WEIGHTED, "Identity")]
     if without and kind != "naive" and chance(draw, 50):
         outputs = [t for t in types if t in ("input", "output")]
@@ -207,3 +232,13 @@ def configs(draw: Draw, kind: str, model: nn.Module) -> list[dict[str, Any]]:
     if len(names) > 1 and chance(draw, 20):
         found.append({"op_names": [pick(draw, names)], "exclude": True})
     return found
+
+
+def foldings(draw: Draw, recipe: Recipe, kind: str) -> dict[str, Any]:
+    """What a quantizer is told about batch norms, where there are some and it can fold them."""
+    if not (recipe.kind == "images" and recipe.norm and issubclass(QUANTIZERS[kind], FoldingQuantizer)):
+        return {}
+    if not chance(draw, 75):
+        return {"fold_bn": False} if chance(draw, 30) else {}
+    step = draw.integer(0, 3) if kind != "observer" and chance(draw, 40) else None
+    return {"fold_bn": True} if step is None else {"fold_bn": True, "freeze_bn_step": step}

@@ -54,7 +54,7 @@ def test_an_operation_keeps_the_numerics_contract(name: str, data: Any) -> None:
 def test_random_cases(name: str) -> None:
     """The way of the long run, which reaches combinations that few examples of hypothesis do."""
     tally = fuzz.Tally()
-    fuzz.run_chunk(name, tally, 30, 1000, "cpu", Backend.NATIVE)
+    fuzz.run_chunk(fuzz.operation(name, Backend.NATIVE), tally, 30, 1000, "cpu", "")
     assert tally.failed == 0, tally.failures
     assert tally.tried == 30 and tally.refused < 30
 
@@ -104,11 +104,11 @@ def test_the_fuzzer_finds_an_error_and_finds_it_again(
     report = tmp_path / "report.json"
     arguments = ["--op", "fake_quantize", "--cases", "60", "--seed", "5", "--json", str(report)]
     assert fuzz.main(arguments) == 0
-    assert json.loads(report.read_text())["operations"]["fake_quantize"]["tried"] == 60
+    assert json.loads(report.read_text())["tallies"]["fake_quantize"]["tried"] == 60
     with monkeypatch.context() as patch:
         patch.setattr(reference, "quantize", wrong_by_one_step(reference.quantize))
         assert fuzz.main(arguments) == 1
-        found = json.loads(report.read_text())["operations"]["fake_quantize"]
+        found = json.loads(report.read_text())["tallies"]["fake_quantize"]
         assert found["failed"] > 10 and "is not the reference's" in found["failures"][0]["what"]
         assert {"commit", "versions", "machine", "cpu_capabilities"} <= set(json.loads(report.read_text()))
         capsys.readouterr()
@@ -116,6 +116,12 @@ def test_the_fuzzer_finds_an_error_and_finds_it_again(
         assert fuzz.main(alone) == 1
         assert found["failures"][0]["what"].split(":")[1] in capsys.readouterr().out
     assert fuzz.main(alone) == 0
+
+
+def test_sessions_of_quantizers_run_and_are_counted(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    assert fuzz.main(["--quantizers", "--cases", "2", "--seed", "3", "--json", str(report)]) == 0
+    assert {tally["tried"] for tally in json.loads(report.read_text())["tallies"].values()} == {2}
 
 
 def test_float64_tells_when_kernel_and_reference_are_wrong_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from test_ops import TRITON_DEVICES, capability  # noqa: F401  the fixture that goes through the instruction sets
+from torch import nn
 
-from quantkern import Backend
+from quantkern import Backend, LsqQuantizer, NaiveQuantizer
 from quantkern import functional as F
 
 BACKENDS = [Backend.NATIVE, Backend.REFERENCE]
@@ -122,3 +125,64 @@ def test_empty_weights_and_gradients(backend: Backend) -> None:
 def test_a_kernel_larger_than_the_image_is_a_clear_error(backend: Backend) -> None:
     with pytest.raises(ValueError, match="kernel .* larger than the image"):
         F.sign_conv2d(torch.ones(1, 4, 2, 2), torch.ones(2, 4, 3, 3), backend=backend)
+
+
+# ---------------------------------------------------------------- quantizers in sessions of random actions
+
+
+@pytest.mark.parametrize("init", ["paper", "minmax", "mse"])
+@pytest.mark.parametrize("scheme", ["per_tensor_symmetric", "per_channel_symmetric"])
+def test_an_unsigned_scale_starts_on_a_batch_without_positive_values(init: str, scheme: str) -> None:
+    """It was 0 / 0, and every later forward an error."""
+    model = nn.Sequential(nn.ReLU())
+    rule = {"op_names": ["0"], "quant_types": ["input"], "quant_bits": 3, "signed": False}
+    quantizer = LsqQuantizer(model, [{**rule, "init": init, "quant_scheme": scheme}])
+    assert not model(torch.tensor([[-1.0, -3.0], [-2.0, -0.5]])).any()
+    (scale,) = quantizer.scale_parameters()
+    assert bool((scale > 0).all()) and float(scale.detach().amax()) <= 3.0
+    x = 2.0 * scale.detach() * torch.ones(4, 2)
+    assert torch.equal(model(x), x)
+
+
+def test_a_layer_without_a_weight_learns_the_scale_of_a_batch() -> None:
+    """The second forward of it was an AttributeError: a first layer's scale is learned through its product."""
+    model = nn.Sequential(nn.ReLU())
+    quantizer = LsqQuantizer(model, [{"op_types": ["ReLU"], "quant_types": ["input"], "quant_bits": 3}])
+    for _ in range(2):
+        model(torch.tensor([0.3, 9.0])).sum().backward()
+    (scale,) = quantizer.scale_parameters()
+    assert scale.grad is not None and scale.grad.item() != 0
+
+
+@pytest.mark.parametrize("init", ["paper", "minmax", "mse"])
+@pytest.mark.parametrize("value", [1e-45, 3.4e38])
+def test_a_learned_scale_of_the_smallest_and_largest_numbers_is_finite(init: str, value: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 2, bias=False))
+    nn.init.constant_(model[0].weight, value)
+    rule = {"op_names": ["0"], "quant_types": ["weight"], "quant_bits": 3, "init": init}
+    quantizer = LsqQuantizer(model, [rule])
+    assert bool(model[0].weight.isfinite().all())
+    (scale,) = quantizer.scale_parameters()
+    assert 0 < scale.item() < math.inf
+
+
+def test_a_loaded_weight_scale_goes_with_the_state_dict() -> None:
+    """Evaluation uses it until training goes on; the model that loaded such a state_dict used another one."""
+
+    def naive() -> tuple[nn.Linear, NaiveQuantizer]:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(4, 2)).eval()
+        return model[0], NaiveQuantizer(model)  # type: ignore[return-value]
+
+    (layer, quantizer), (other, second) = naive(), naive()
+    entry = {"weight_bits": 8, "weight_scale": torch.tensor([0.25]), "weight_zero_point": torch.tensor([0.0])}
+    quantizer.load_calibration_config({"0": entry})
+    second.load_state_dict(quantizer.state_dict(), strict=True)
+    expected = (layer.parametrizations["weight"].original / 0.25).round() * 0.25  # type: ignore[index]
+    assert torch.equal(other.weight, expected) and torch.equal(layer.weight, expected)
+    _, third = naive()
+    second.load_state_dict(third.state_dict(), strict=True)
+    assert not torch.equal(other.weight, expected)
+    before = list(third.state_dict())
+    quantizer.train()(torch.ones(1, 4))
+    assert list(quantizer.state_dict()) == before

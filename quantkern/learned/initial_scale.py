@@ -17,11 +17,14 @@ SHRINKS = 64
 
 
 def _by_range(low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The smallest scale that clips nothing, and its zero point."""
+    """The smallest scale that clips nothing, and its zero point.
+
+    What is nowhere positive is clipped to 0 by an unsigned grid, whatever its scale; it gets that of its magnitudes.
+    """
     if not symmetric:
         scale, zero_point = reference.choose_scale(low, high, quant_min, quant_max, False)
         return scale, zero_point.float()
-    below = low / quant_min if quant_min < 0 else torch.zeros_like(low)
+    below = low / quant_min if quant_min < 0 else torch.where(high > 0, 0.0, low / -quant_max)
     return torch.maximum(high / quant_max, below), torch.zeros_like(low)
 
 
@@ -52,7 +55,8 @@ def _of_rows(
         mean = rows.abs().sum(1, dtype=torch.float64) / finite.sum(1).clamp(min=1)
         scale = (2 * mean / math.sqrt(quant_max)).float()
         zero_point = torch.zeros_like(scale)
-    return torch.where(rows.any(1), scale, 0.0), zero_point
+    limits = torch.finfo(torch.float32)
+    return torch.where(rows.any(1), scale.clamp(reference.SMALLEST_SCALE, limits.max), 0.0), zero_point
 
 
 def initial_scale(
@@ -63,7 +67,7 @@ def initial_scale(
     ::
 
         paper   scale = 2 * mean|x| / sqrt(quant_max)        (Esser et al. 2020, section 2.1)
-        minmax  the smallest scale that clips nothing
+        minmax  the smallest scale that clips nothing; max|x| / quant_max where all of x is below an unsigned grid
         mse     of 64 parts of that range the one with the smallest mean squared error
 
     With ``symmetric`` False the zero point is chosen too, from the range; 'paper' is 'minmax' then.
@@ -94,4 +98,4 @@ def initial_scale(
         whole_scale, whole_zero_point = _of_rows(rows.reshape(1, -1), finite.reshape(1, -1), *settings)
         scale = torch.where(empty, whole_scale, scale)
         zero_point = torch.where(empty, whole_zero_point, zero_point)
-    return torch.where(scale > 0, scale.clamp(min=reference.SMALLEST_SCALE), scale), zero_point
+    return scale, zero_point

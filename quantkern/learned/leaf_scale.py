@@ -75,12 +75,14 @@ def quantize_leaf(layer: nn.Module, quantizer: object, x: Tensor, pre_hook: obje
         return None
     if not (quantizer.training and quantizer.started and quantizer.ready and torch.is_grad_enabled()):
         return None
+    if not _is_between(layer, pre_hook):  # also every layer that is no product, and need have no weight
+        return None
     weight = layer.parametrizations["weight"].original if hasattr(layer, "parametrizations") else layer.weight  # type: ignore
     if not (quantizer.scale.requires_grad and weight.requires_grad) or quantizer.zero_point is not None:
         return None
     if quantizer.spec.axis is not None or (isinstance(layer, nn.Linear) and x.dim() != 2) or type(x) is not Tensor:
         return None
-    if _module._global_forward_hooks or _module._global_forward_pre_hooks or not _is_between(layer, pre_hook):
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return None
     quantizer.__dict__["pending"] = x
     with torch.no_grad():
