@@ -22,7 +22,8 @@ from benchmarks.networks import Network
 from benchmarks.quantized_networks import Build, Trainee, train_step
 from benchmarks.step_memory import STEP, WARM_STEPS, window
 from quantkern.ahead import Ahead
-from quantkern.fake_quant import FakeQuant, WeightFakeQuant
+from quantkern.current_range import WeightFakeQuant
+from quantkern.fake_quant import FakeQuant
 from quantkern.learned import LearnedState
 
 PROFILED = ("quantkern-qat", "quantkern-lsq", "quantkern-qat-folded")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from quantkern.fake_quant import WeightFakeQuant
+from quantkern.current_range import WeightFakeQuant
 from quantkern.learned import LearnedWeight
 from quantkern.watching import StillThere
 

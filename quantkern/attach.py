@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from quantkern.config import CHILD_NAME, LayerPlan
-from quantkern.fake_quant import FakeQuant, WeightFakeQuant
+from quantkern.current_range import WeightFakeQuant
+from quantkern.fake_quant import FakeQuant
 from quantkern.layer_quantizers import (
     Arguments,
     Keywords,

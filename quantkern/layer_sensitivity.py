@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from quantkern.attach import Attachment, fake_quants
-from quantkern.config import TensorSpec, is_int, op_type, plan_layers
+from quantkern.config import TensorSpec, is_int
 from quantkern.fake_quant import FakeQuant
 from quantkern.files import Target
+from quantkern.layer_plans import op_type, plan_layers
 from quantkern.layer_quantizers import kind_of, visit_tensors
 from quantkern.observed import ObservedActivation, ObservedWeight
 from quantkern.observers import Observer, ObserverSpec

@@ -19,10 +19,11 @@ from torch.nn.utils import parametrize
 from quantkern import functional
 from quantkern.backend import has_native
 from quantkern.config import CHILD_NAME
-from quantkern.fake_quant import ActivationFakeQuant, FakeQuant, Grid
+from quantkern.fake_quant import FakeQuant, Grid
 from quantkern.layer_quantizers import quantize_outputs
 from quantkern.learned.leaf_scale import NODE as SCALE_NODE
 from quantkern.learned.lsq import LearnedActivation
+from quantkern.running_range import ActivationFakeQuant
 
 _OPS = torch.ops.quantkern
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkern.fake_quant import ActivationFakeQuant, FakeQuant, RangedFakeQuant, WeightFakeQuant
+from quantkern.current_range import WeightFakeQuant
+from quantkern.fake_quant import FakeQuant, RangedFakeQuant
 from quantkern.observers import Observer, ObserverSpec, make_observer
+from quantkern.running_range import ActivationFakeQuant
 
 Grid = tuple[Tensor, Tensor]
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from quantkern import reference
-from quantkern.fake_quant import ActivationFakeQuant, WeightFakeQuant
+from quantkern.current_range import WeightFakeQuant
 from quantkern.learned.lsq import LearnedFakeQuant
 from quantkern.learned.state import LearnedState
+from quantkern.running_range import ActivationFakeQuant
 
 AVAILABLE = torch.distributed.is_available()
 """Whether this torch was built with torch.distributed."""

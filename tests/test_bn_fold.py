@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkern import reference
 from quantkern.bn_fold import find_pairs
-from quantkern.fake_quant import WeightFakeQuant
+from quantkern.current_range import WeightFakeQuant
 from quantkern.lean_backward import keep_codes
 from quantkern.learned import LearnedWeight
 from quantkern.quantizers import LsqQuantizer, QAT_Quantizer

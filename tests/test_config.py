@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from quantkern.config import ConfigError, Form, LayerPlan, TensorSpec, plan_layers
+from quantkern.config import ConfigError, Form, LayerPlan, TensorSpec
+from quantkern.layer_plans import plan_layers
 from quantkern.quantizers import NaiveQuantizer, QAT_Quantizer
 from quantkern.settings import (
     QUANT_TYPES,

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 import quantkern.functional as F
 from quantkern import reference
-from quantkern.fake_quant import WeightFakeQuant
+from quantkern.current_range import WeightFakeQuant
 from quantkern.quantizers import NaiveQuantizer, QAT_Quantizer
 
 EVERY = {"quant_types": ["weight", "input", "output"], "quant_bits": 8}
@@ -297,7 +297,7 @@ def test_dummy_input_is_optional_takes_every_form_and_leaves_no_trace(kind: str)
     assert not model.relu.quantkern.output.is_observed()
     assert torch.equal(model.bn.running_mean, before)
     assert [name for name, module in model.named_children() if not module.training] == ["bn"]
-    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 3  # one shares ranges
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 4  # ranges, layers
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -20,7 +20,7 @@ from strategies import HypothesisDraw, RandomDraw, pick
 from torch import nn
 
 from quantkern import LsqQuantizer, QAT_Quantizer
-from quantkern.fake_quant import ActivationFakeQuant
+from quantkern.running_range import ActivationFakeQuant
 
 
 class Machine(RuleBasedStateMachine):
@@ -86,7 +86,7 @@ def test_random_sessions_of_every_quantizer(tmp_path: Path) -> None:
 
 
 def break_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantkern.fake_quant.WeightFakeQuant.forward", lambda self, x: x.detach())
+    monkeypatch.setattr("quantkern.current_range.WeightFakeQuant.forward", lambda self, x: x.detach())
     monkeypatch.setattr("quantkern.all_weights.AllWeights.before", lambda self, model, args: None)
 
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "quantkern"
 
 LEVELS = [
     {"settings", "config", "reference", "ops", "progress", "files", "outside_graphs", "_C", "_built_for"},
-    {"clip_range", "watching"},
+    {"clip_range", "watching", "layer_plans"},
     {"triton"},
     {"backend"},
     {"triton_autograd", "arguments"},
@@ -26,7 +26,7 @@ LEVELS = [
     {"weight_lists"},
     {"functional"},
     {"ahead"},
-    {"fake_quant", "learned", "binarized", "observers", "observed"},
+    {"fake_quant", "current_range", "running_range", "learned", "binarized", "observers", "observed"},
     {"layer_quantizers"},
     {"lean_backward"},
     {"all_weights", "attach", "bn_fold", "ranks"},

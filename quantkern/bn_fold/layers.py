@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from quantkern.fake_quant import FakeQuant, Grid, WeightFakeQuant
+from quantkern.current_range import WeightFakeQuant
+from quantkern.fake_quant import FakeQuant, Grid
 from quantkern.learned import LearnedWeight
 from quantkern.observed import ObservedWeight
 

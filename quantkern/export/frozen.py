@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from quantkern.attach import Attachment, DummyInput, change_class, copy_of, run_model
 from quantkern.binarized import BinaryActivation, BinaryWeight
 from quantkern.bn_fold import FoldedAttachment, Folding
-from quantkern.fake_quant import ActivationFakeQuant, FakeQuant, RangedFakeQuant
+from quantkern.fake_quant import FakeQuant, RangedFakeQuant
 from quantkern.learned import DorefaActivation, DorefaGradient, DorefaWeight, LearnedState
 from quantkern.observed import ObservedActivation, ObservedWeight
+from quantkern.running_range import ActivationFakeQuant
 
 DOMAIN = "quantkern"
 """Of the placeholder nodes; none is left in a finished file."""

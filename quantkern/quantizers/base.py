@@ -14,19 +14,21 @@ from torch.utils.hooks import RemovableHandle
 
 from quantkern.all_weights import AllWeights
 from quantkern.attach import Attachment, DummyInput, OptimizerStepCounter, run_dummy
-from quantkern.config import Form, LayerPlan, plan_layers
+from quantkern.config import Form, LayerPlan
+from quantkern.current_range import WeightFakeQuant
 from quantkern.export.biases import round_biases
 from quantkern.export.lowering import Options
 from quantkern.export.onnx_file import OnnxExport, export_onnx, save_float
 from quantkern.export.tracing import sample_input
 from quantkern.export.verify import MAX_MEAN_STEPS
-from quantkern.fake_quant import ActivationFakeQuant, WeightFakeQuant
 from quantkern.files import Target, publish, stage, target_of
+from quantkern.layer_plans import plan_layers
 from quantkern.layer_quantizers import Kinds, Sizes
 from quantkern.lean_backward import LeanActivations
 from quantkern.quantizers.reusing import ReusesWeights
 from quantkern.ranks import keep_from_ddp, require_whole
 from quantkern.report import MAX_SATURATION, MIN_SQNR, Report, make_report
+from quantkern.running_range import ActivationFakeQuant
 from quantkern.settings import did_you_mean
 from quantkern.watching import StillThere
 

@@ -10,13 +10,15 @@ from torch.nn.utils import parametrize
 
 from quantkern.attach import Attachment, DummyInput, run_model
 from quantkern.binarized import BinaryActivation, BinaryWeight
-from quantkern.config import DEFAULT_OP_TYPES, layers_of, op_type
-from quantkern.fake_quant import ActivationFakeQuant, FakeQuant, RangedFakeQuant
+from quantkern.config import DEFAULT_OP_TYPES
+from quantkern.fake_quant import FakeQuant, RangedFakeQuant
+from quantkern.layer_plans import layers_of, op_type
 from quantkern.learned import DorefaActivation, DorefaGradient, DorefaWeight, LearnedState
 from quantkern.observed import ObservedActivation, ObservedWeight
 from quantkern.report import findings
 from quantkern.report.measure import Measurement, grid_of, unchanged, watching
 from quantkern.report.result import Finding, Report, Row, Span
+from quantkern.running_range import ActivationFakeQuant
 
 _ENDS = frozenset(DEFAULT_OP_TYPES) - {"PReLU"}
 """Kinds of layers that can be the first or the last one of a network."""
