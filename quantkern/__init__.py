@@ -2,6 +2,7 @@
 
 from quantkern import functional, nn, reference
 from quantkern.backend import Backend, backends
+from quantkern.files import load
 from quantkern.layer_sensitivity import sensitivity
 from quantkern.quantizers import (
     BNNQuantizer,
@@ -25,6 +26,7 @@ __all__ = [
     "QAT_Quantizer",
     "backends",
     "functional",
+    "load",
     "nn",
     "reference",
     "reset_quant_scheme_dtype",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from quantizer_checks import check_exact_resume
-from test_quantizers import batch, net, rule, train
+from small_quantized_net import batch, net, rule, train
 from torch import Tensor, nn
 
 import quantkern.functional as F

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from quantizer_checks import NoReads, check_exact_resume
-from test_quantizers import EVERY, batch, net, rule, train
+from small_quantized_net import EVERY, batch, net, rule, train
 from torch import Tensor, nn
 
 from quantkern import reference

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_quantizers import EVERY, batch, net, rule, train
+from small_quantized_net import EVERY, batch, net, rule, train
 from torch import Tensor, nn
 
 from quantkern import reference

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from op_sample import Sample, make_x
-from op_specs import SPECS, Bad, OpSpec
+from op_spec import Bad, OpSpec
+from op_specs import SPECS
 from torch import Tensor
 
 from quantkern import _C, Backend

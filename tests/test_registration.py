@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_specs import SPECS, WITHOUT_TWIN, OpSpec
+from op_spec import OpSpec
+from op_specs import SPECS, WITHOUT_TWIN
 
 import quantkern  # noqa: F401
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_specs import SPECS, WITHOUT_TWIN, Sample, histogram_state
+from op_sample import Sample
+from op_specs import SPECS, WITHOUT_TWIN, histogram_state
 from test_ops import assert_same, sample_x, with_gradient
 from torch import Tensor
 

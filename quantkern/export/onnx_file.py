@@ -15,7 +15,7 @@ from quantkern.export.frozen import SIGNS, freeze
 from quantkern.export.lowering import Lowering, Options
 from quantkern.export.tracing import OPSET, on_cpu, require_packages, to_onnx
 from quantkern.export.verify import OutputCheck, verify
-from quantkern.files import Target, publish, stage, target_of
+from quantkern.files import Target, publish, stage, target_of, writing
 
 FILE_LIMIT = 1800 * 2**20
 """Bytes of constants from which on they lie beside the file: protobuf ends at 2 GB."""
@@ -81,12 +81,13 @@ def export_onnx(
             warnings.warn(f"stays float in the ONNX graph:{lines}", UserWarning, stacklevel=3)
         program = to_onnx(frozen.model, on_cpu(example_input), dynamic_batch)
         grids = Lowering(program.model, options).run()
-        file = save(program, folder, target.name)
+        with writing("path", target):
+            file = save(program, folder, target.name)
         checks: tuple[OutputCheck, ...] = ()
         if verify_file:
             checks = verify(file, example_input, frozen.output, grids, max_mean_steps, options.signed_weights)
         size = sum(part.stat().st_size for part in folder.iterdir())
-        publish(folder, target)
+        publish({"path": folder}, {"path": target})
     result = OnnxExport(target, OPSET, size, checks, frozen.floats)
     if verify_file:
         print("\n".join(f"onnxruntime against the model, {check}" for check in checks))

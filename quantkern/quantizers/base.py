@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,15 +21,15 @@ from quantkern.export.lowering import Options
 from quantkern.export.onnx_file import OnnxExport, export_onnx, save_float
 from quantkern.export.tracing import sample_input
 from quantkern.export.verify import MAX_MEAN_STEPS
-from quantkern.files import Target, publish, stage, target_of
+from quantkern.files import Target, publish, save, stage, target_of, writing
 from quantkern.layer_plans import plan_layers
 from quantkern.layer_quantizers import Kinds, Sizes
 from quantkern.lean_backward import LeanActivations
+from quantkern.quantizers.calibration import actions_of
 from quantkern.quantizers.reusing import ReusesWeights
 from quantkern.ranks import keep_from_ddp, require_whole
 from quantkern.report import MAX_SATURATION, MIN_SQNR, Report, make_report
 from quantkern.running_range import ActivationFakeQuant
-from quantkern.settings import did_you_mean
 from quantkern.watching import StillThere
 
 ConfigList = Sequence[Mapping[str, Any]]
@@ -183,7 +183,8 @@ class Quantizer(ReusesWeights, nn.Module):
 
         Args:
             model_path: receives the float state_dict, which loads strictly into the model's own class.
-            calibration_path: receives the calibration dict; ``torch.load(..., weights_only=True)`` reads both.
+            calibration_path: receives the calibration dict; ``torch.load(..., weights_only=True)`` reads both, and
+                ``quantkern.load`` notices damage.
             onnx_path: receives the float model as ONNX; needs ``input_shape`` and the packages onnx and onnxscript.
             input_shape, device: of the input that the ONNX export runs; by default on the model's device.
 
@@ -194,7 +195,8 @@ class Quantizer(ReusesWeights, nn.Module):
             per tensor and a list per channel. An input or output that was never seen has no range and no scale.
 
         Raises:
-            TypeError, ValueError, ImportError, OSError: before anything is changed. Files appear whole or not at all.
+            TypeError, ValueError, ImportError, OSError: before anything is changed. Files appear whole or not at all
+                and never beside the file of an earlier export under another of the paths.
         """
         self._require_whole("export_model")
         paths = {"model_path": model_path, "calibration_path": calibration_path, "onnx_path": onnx_path}
@@ -213,13 +215,15 @@ class Quantizer(ReusesWeights, nn.Module):
             staged = {name: folder / targets[name].name for name, folder in folders.items()}
             self._detach()
             try:
-                torch.save(self.bound_model.state_dict(), staged["model_path"])
+                with writing("model_path", targets["model_path"]):
+                    save(self.bound_model.state_dict(), staged["model_path"])
                 if calibration_path is not None:
-                    torch.save(calibration, staged["calibration_path"])
+                    with writing("calibration_path", targets["calibration_path"]):
+                        save(calibration, staged["calibration_path"])
                 if sample is not None:
-                    save_float(self.bound_model, sample, folders["onnx_path"], targets["onnx_path"].name)
-                for name, folder in folders.items():
-                    publish(folder, targets[name])
+                    with writing("onnx_path", targets["onnx_path"]):
+                        save_float(self.bound_model, sample, folders["onnx_path"], targets["onnx_path"].name)
+                publish(folders, targets)
             except BaseException:
                 self._attach()
                 self._keep_from_ddp(True)
@@ -351,8 +355,10 @@ class Quantizer(ReusesWeights, nn.Module):
         text = f"the {kind} of layer {layer!r} was never seen in training: the calibration dict has no {missing} for it"
         warnings.warn(text, UserWarning, stacklevel=5)
 
-    def load_calibration_config(self, calibration_config: Mapping[str, Mapping[str, Any]]) -> None:
+    def load_calibration_config(self, calibration_config: Mapping[str, Mapping[str, Any]] | Target) -> None:
         """Go on from exported numbers: ranges, scales and zero points, all exactly, or nothing.
+
+        Give the path of the file, and it is read by ``quantkern.load``, which notices damage; or give the dict.
 
         Evaluation uses them at once; in training the moving averages go on from them. Dicts written by NNI 2.x,
         which lack the scales of inputs and outputs, are read too.
@@ -361,31 +367,11 @@ class Quantizer(ReusesWeights, nn.Module):
             ValueError: entries that contradict the rules (bits, granularity, axis, channels) or are no numbers; all
                 of them at once, nothing is changed. A grid of another dtype, symmetry or range of integers becomes
                 the one that the rule gives the same range. Layers missing on either side are a warning, as in NNI;
-                a dict that has none of the quantized layers is an error.
+                a dict that has none of the quantized layers is an error. A damaged file is one too.
+            OSError: there is no such file.
         """
         self._require_whole("load_calibration_config")
-        if not isinstance(calibration_config, Mapping):
-            kind = type(calibration_config).__name__
-            raise TypeError(f"calibration_config must be a dict of layer name -> dict, got {kind}; torch.load() a file")
-        problems: list[str] = []
-        actions: list[Callable[[], None]] = []
-        names = [attachment.name for attachment in self._attachments]
-        _require_a_layer_of(calibration_config, names)
-        for attachment in self._attachments:
-            if attachment.name not in calibration_config:
-                warnings.warn(f"calibration_config has no layer {attachment.name!r}", UserWarning, stacklevel=2)
-            elif not isinstance(calibration_config[attachment.name], Mapping):
-                problems.append(f"{attachment.name}: {calibration_config[attachment.name]!r} is no dict")
-            else:
-                actions += attachment.read_calibration(calibration_config[attachment.name], problems)
-        for name in calibration_config:
-            if name not in names:
-                text = f"calibration_config has layer {name!r}, which is not quantized here{did_you_mean(name, names)}"
-                warnings.warn(text, UserWarning, stacklevel=2)
-        if problems:
-            lines = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(problems, 1))
-            raise ValueError(f"calibration_config does not fit, nothing was loaded:{lines}")
-        for action in actions:
+        for action in actions_of(calibration_config, self._attachments):
             action()
 
 
@@ -397,14 +383,3 @@ def require_parameters_of(model: nn.Module, optimizer: Optimizer) -> None:
             "optimizer holds none of the model's parameters; build it from model.parameters() of this very model. "
             "The model and the optimizer are unchanged"
         )
-
-
-def _require_a_layer_of(calibration_config: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse a dict that has none of the quantized layers: it is another model's."""
-    if any(name in calibration_config for name in names):
-        return
-    lines = "".join(f"\n  {name!r} is not quantized here{did_you_mean(name, names)}" for name in calibration_config)
-    raise ValueError(
-        "calibration_config is of another model: it has none of the quantized layers "
-        f"{', '.join(map(repr, names))}. Nothing was loaded{':' + lines if lines else ', it is empty'}"
-    )
