@@ -124,6 +124,37 @@ def test_parts_and_repeated_elements_of_other_tensors(layer: Layer) -> None:
     assert torch.equal(turned.grad, x.grad)
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_view_of_memory_that_nobody_else_knows(layer: Layer) -> None:
+    """Reshapes in a backward, as of a linear layer over a sequence, keep what they were made of alive."""
+    x, weight, expected = numbers(6, 64), torch.randn(3, 32), numbers(6, 64)
+    with Watch() as watch:
+        torch.nn.functional.linear(layer(x).view(4, 3, 32), weight).sum().backward()
+    assert watch.ran and watch.ran[0] in IN_PLACE
+    y = layer(expected)
+    y.backward((torch.ones(12, 3) @ weight).view(6, 64))
+    assert torch.equal(x.grad, expected.grad) and bool((x.grad == 0).any())
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_view_of_memory_that_somebody_holds_stays_as_it_is(layer: Layer) -> None:
+    x, other, held = numbers(4, 50), numbers(200), []
+    flat = layer(x).view(-1)
+    flat.register_hook(held.append)
+    (flat * 2.0).sum().backward()
+    assert bool((held[0] == 2.0).all()) and bool((x.grad == 0).any())
+    for first in (True, False):
+        x, other = numbers(4, 50), numbers(200)
+        flat = layer(x).view(-1)
+        ((flat + other if first else other + flat) * 3.0).sum().backward()
+        assert bool((other.grad == 3.0).all()) and bool((x.grad == 0).any())
+    x, parts = numbers(4, 50), []
+    flat = layer(x).view(200)
+    flat.register_hook(lambda grad: parts.append(grad[:100]))
+    (flat * 2.0).sum().backward()
+    assert bool((parts[0] == 2.0).all())
+
+
 def test_derivatives_of_the_backward_and_batches_of_gradients() -> None:
     x = numbers(3, 40)
     (first,) = torch.autograd.grad((quantized(x) ** 2).sum(), x, create_graph=True)
