@@ -75,7 +75,7 @@ build() {
 
 tests() {
   local device="tests/test_cuda_device.py tests/test_cuda_training.py"
-  device+=" tests/test_triton.py tests/test_triton_binary.py tests/test_triton_learned.py"
+  device+=" tests/test_triton*.py"
   # shellcheck disable=SC2086
   {
     part device device 3 $pytest $device

@@ -28,6 +28,14 @@ class NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same_state(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in mine.items())
+
+
 def flat(losses: Any) -> list[Tensor]:
     """What a training returned, as tensors."""
     return [torch.as_tensor(loss) for loss in losses]

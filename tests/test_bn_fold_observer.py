@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_bn_fold import Convolutions, Net, Untraceable, batch, layer_of, net, rules, shake
+from folded_networks import Convolutions, Net, Untraceable, batch, layer_of, net, rules, shake
 from torch import Tensor, nn
 
 from quantkern import reference

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from cuda_checks import capture, run_without_waiting, why_not
 from test_compile import DELAY, TRAINED, One, batch, net
-from test_cuda_device import capture, run_without_waiting, why_not
 from test_low_precision import EVERY, HALVES, modules_of, same
 from torch import Tensor, nn
 

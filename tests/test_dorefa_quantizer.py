@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantizer_checks import check_exact_resume
+from quantizer_checks import check_exact_resume, state_of
 from small_quantized_net import batch, net, rule, train
 from torch import Tensor, nn
 
@@ -27,10 +27,6 @@ def linear(quant_types: str, bits: Any, **more: Any) -> nn.Linear:
     model = nn.Sequential(nn.Linear(6, 5))
     DoReFaQuantizer(model, rule(quant_types, "0", bits, **more))
     return model[0]
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -106,7 +106,7 @@ def test_the_fuzzer_finds_an_error_and_finds_it_again(
     assert fuzz.main(arguments) == 0
     assert json.loads(report.read_text())["tallies"]["fake_quantize"]["tried"] == 60
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "quantize", wrong_by_one_step(reference.quantize))
+        patch.setattr(reference.affine, "quantize", wrong_by_one_step(reference.quantize))
         assert fuzz.main(arguments) == 1
         found = json.loads(report.read_text())["tallies"]["fake_quantize"]
         assert found["failed"] > 10 and "is not the reference's" in found["failures"][0]["what"]
@@ -140,7 +140,7 @@ def test_float64_tells_when_kernel_and_reference_are_wrong_together(monkeypatch:
         return trial
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "quantize", moved)
+        patch.setattr(reference.affine, "quantize", moved)
         failed = 0
         for seed in range(60):
             draw = RandomDraw(seed)

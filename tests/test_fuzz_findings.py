@@ -186,3 +186,21 @@ def test_a_loaded_weight_scale_goes_with_the_state_dict() -> None:
     before = list(third.state_dict())
     quantizer.train()(torch.ones(1, 4))
     assert list(quantizer.state_dict()) == before
+
+
+@pytest.mark.parametrize("backend", [Backend.NATIVE, Backend.REFERENCE])
+def test_a_sum_of_signs_has_no_negative_zero(backend: Backend) -> None:
+    """A window of nothing but padding, which a float convolution with -1 makes -0."""
+    x, weight = F.pack_signs(torch.ones(1, 2, 2, 1)), F.pack_signs(-torch.ones(2, 1, 1, 1))
+    y = F.binary_conv2d(x, weight, None, 1, 1, channels=1, backend=backend)
+    assert y[0, :, 0].eq(0).all() and not y[0, :, 0].signbit().any()
+    scaled = F.binary_conv2d(x, weight, None, 1, 1, channels=1, scale=torch.tensor([2.0, -2.0]), backend=backend)
+    assert scaled[0, :, 0].signbit().tolist() == [[False] * 4, [True] * 4]
+
+
+def test_codes_of_a_view_have_the_strides_that_their_shape_function_says() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0]).expand(4, 3).t().unsqueeze(0)
+    codes, parameters = torch.ops.quantkern.to_codes(x, torch.ones(1), None, 0, 15, None)
+    assert codes.stride() == torch.empty_like(x).stride() and codes.numel() == 12
+    assert torch.equal(torch.ops.quantkern.from_codes(codes, parameters, 0, None), x)
+    torch.library.opcheck(torch.ops.quantkern.to_codes.default, (x, torch.ones(1), None, 0, 15, None))

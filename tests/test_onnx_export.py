@@ -1,182 +1,45 @@
-"""ONNX files: what is in them, that onnxruntime gives the model's numbers, and that a wrong file is never written."""
+"""ONNX files: what is in them, and that onnxruntime gives the model's numbers."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-import importlib.util
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from exported_networks import (
+    PER_CHANNEL,
+    QUANTIZERS,
+    Net,
+    X,
+    bnn,
+    dorefa,
+    graph_of,
+    initializers,
+    kinds,
+    lsq,
+    net,
+    observer,
+    optimized,
+    qat,
+    rules,
+    run,
+    unrounded,
+)
 from torch import Tensor, nn
 
 import quantkern.functional as F
-from quantkern import (
-    BNNQuantizer,
-    DoReFaQuantizer,
-    LsqQuantizer,
-    NaiveQuantizer,
-    ObserverQuantizer,
-    QAT_Quantizer,
-)
-from quantkern.export import DriftError, session_of
+from quantkern import LsqQuantizer, NaiveQuantizer, ObserverQuantizer, QAT_Quantizer
 from quantkern.export.integers import encode, finer_by, may_saturate
-from quantkern.export.lowering import Lowering
 
 onnx = pytest.importorskip("onnx", reason="pip install '.[onnx]'")
-pytest.importorskip("onnxscript", reason="pip install '.[onnx]'")
-pytest.importorskip("onnxruntime", reason="pip install '.[onnx]'")
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-TYPES = ["Conv2d", "Linear"]
-PER_CHANNEL: dict[str, Any] = {
-    "quant_scheme": {"weight": "per_channel_symmetric", "input": "per_tensor_affine"},
-    "quant_dtype": {"weight": "int", "input": "uint"},
-}
-X = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_table_of_translations() -> Iterator[None]:
-    """torch builds its own anew for every export, half of the time that these tests would take."""
-    with pytest.MonkeyPatch.context() as patch:
-        with contextlib.suppress(ImportError, AttributeError):  # it is nothing that torch promises
-            registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
-            patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
-        yield
-
-
-class Net(nn.Module):
-    def __init__(self, norm: bool = False) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(2, 8, 3)
-        self.bn1 = nn.BatchNorm2d(8) if norm else nn.Identity()
-        self.relu1 = nn.ReLU()
-        self.pool = nn.MaxPool2d(2)
-        self.conv2 = nn.Conv2d(8, 8, 3, bias=not norm)
-        self.bn2 = nn.BatchNorm2d(8) if norm else nn.Identity()
-        self.relu2 = nn.ReLU6()
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.relu1(self.bn1(self.conv1(x))))
-        return self.fc(torch.flatten(self.relu2(self.bn2(self.conv2(x))), 1))
-
-
-def net(norm: bool = False) -> Net:
-    torch.manual_seed(0)
-    return Net(norm)
-
-
-def rules(bits: Any = 8, types: tuple[str, ...] = ("weight", "input"), **more: Any) -> list[dict[str, Any]]:
-    return [{"quant_types": list(types), "quant_bits": bits, "op_types": TYPES, **more}]
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.01)
-
-
-def qat(norm: bool = False, more: dict[str, Any] | None = None, **settings: Any) -> QAT_Quantizer:
-    quantizer = QAT_Quantizer(net(norm), rules(**settings), **(more or {}))
-    for _ in range(3):
-        quantizer.bound_model(X)
-    return quantizer
-
-
-def lsq(norm: bool = False, more: dict[str, Any] | None = None, **settings: Any) -> LsqQuantizer:
-    model = net(norm)
-    quantizer = LsqQuantizer(model, rules(**settings), sgd(model), **(more or {}))
-    model(X)
-    return quantizer
-
-
-def dorefa(bits: int = 4) -> DoReFaQuantizer:
-    model = net()
-    return DoReFaQuantizer(model, rules(bits, ("weight", "input", "gradient")), sgd(model))
-
-
-def bnn() -> BNNQuantizer:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        *(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.Hardtanh(), nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6)),
-        *(nn.Hardtanh(), nn.Flatten(), nn.Linear(6 * 36, 5)),
-    )
-    binary = [
-        {"quant_types": ["weight"], "quant_bits": 1, "op_names": ["3", "7"]},
-        {"quant_types": ["output"], "quant_bits": 1, "op_names": ["2", "5"]},
-    ]
-    quantizer = BNNQuantizer(model, binary, sgd(model))
-    model(X)
-    return quantizer
-
-
-def observer(**settings: Any) -> ObserverQuantizer:
-    quantizer = ObserverQuantizer(net().eval(), rules(**settings))
-    quantizer.calibrate([X], progress=False)
-    quantizer.compress()
-    return quantizer
-
-
-def graph_of(path: Path) -> Any:
-    model = onnx.load(path)
-    onnx.checker.check_model(model, full_check=True)
-    return model.graph
-
-
-def initializers(graph: Any) -> dict[str, str]:
-    return {value.name: onnx.TensorProto.DataType.Name(value.data_type) for value in graph.initializer}
-
-
-def kinds(graph: Any) -> Counter[str]:
-    return Counter(node.op_type for node in graph.node)
-
-
-def run(path: Path, *inputs: Tensor, **options: Any) -> np.ndarray:
-    session = session_of(path, 1, **options)
-    names = [value.name for value in session.get_inputs()]
-    return session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})[0]
-
-
-def unrounded(quantizer: Any, path: Path, *inputs: Tensor) -> float:
-    """The mean difference in parts of the outputs' range, with float biases and every node computed as it stands."""
-    import onnxruntime
-
-    quantizer.export_onnx(path, inputs, verify=False, int32_bias=False)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-    (found,) = session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
-    with torch.no_grad():
-        expected = copy.deepcopy(quantizer.bound_model).eval()(*inputs).numpy()
-    return float(np.abs(found - expected).mean() / np.ptp(expected))
-
-
-def optimized(path: Path) -> Counter[str]:
-    """The operations that onnxruntime makes of a file."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(path.with_suffix(".opt.onnx")), 3
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return kinds(onnx.load(options.optimized_model_filepath).graph)
-
-
-QUANTIZERS = {
-    "naive": lambda: NaiveQuantizer(net()),
-    "qat": qat,
-    "lsq": lsq,
-    "dorefa": dorefa,
-    "bnn": bnn,
-    "observer": observer,
-}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("one_table_of_translations"),
+]
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -456,95 +319,6 @@ def test_what_has_no_scale_stays_float_with_a_warning(tmp_path: Path) -> None:
     learned = LsqQuantizer(net(), rules())
     with pytest.warns(UserWarning, match="conv1.weight: it has no scale yet"):
         learned.export_onnx(tmp_path / "c.onnx", X)
-
-
-# ---------------------------------------------------------------- a wrong graph, bad input
-
-
-@pytest.mark.parametrize("what", ["zero_point", "scale", "clip"])
-def test_a_wrong_graph_is_caught_and_no_file_is_written(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    quantizer = observer() if what == "clip" else qat()
-    honest = Lowering.run
-
-    def tampered(self: Lowering) -> object:
-        grids = honest(self)
-        for node in list(self.graph):
-            value = node.inputs[2] if len(node.inputs) > 2 else None
-            if what == "clip" and node.op_type == "Clip":
-                value.const_value = self.ir.tensor(np.array(90, np.uint8))
-            elif what == "zero_point" and node.op_type == "QuantizeLinear":
-                value.const_value = self.ir.tensor(value.const_value.numpy() + np.uint8(20))
-                node.replace_input_with(2, self.initializer("other", np.array(3), "UINT8"))
-            elif what == "scale" and node.op_type == "DequantizeLinear" and "weight" in node.inputs[1].name:
-                node.inputs[1].const_value = self.ir.tensor(node.inputs[1].const_value.numpy() * np.float32(1.1))
-        return grids
-
-    monkeypatch.setattr(Lowering, "run", tampered)
-    (tmp_path / "model.onnx").write_text("an older file")
-    with pytest.raises(DriftError, match="drifts from the model, more than max_mean_steps=0.5") as caught:
-        quantizer.export_onnx(tmp_path / "model.onnx", X)
-    assert caught.value.outputs[0].mean_steps > 0.5
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
-    assert (tmp_path / "model.onnx").read_text() == "an older file"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "text"),
-    [
-        ({"example_input": torch.randn(2, 3)}, ValueError, "does not run on example_input"),
-        ({"example_input": None}, ValueError, "does not run on example_input"),
-        ({"path": "missing/model.onnx"}, OSError, "cannot write path .*missing"),
-        ({"path": "."}, IsADirectoryError, "is the folder"),
-        ({"path": 3}, TypeError, "path must be a path, got 3"),
-        ({"max_mean_steps": -1}, ValueError, "max_mean_steps must be a number >= 0, got -1"),
-    ],
-    ids=str,
-)
-def test_bad_arguments(
-    arguments: dict[str, Any], error: type[Exception], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(error, match=text):
-        qat().export_onnx(**{"path": "model.onnx", "example_input": X, **arguments})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantizer = qat()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs onnx and onnxscript and onnxruntime: pip install '.\[onnx\]'"):
-        quantizer.export_onnx(tmp_path / "a.onnx", X)
-
-
-def test_at_the_wrong_time(tmp_path: Path) -> None:
-    calibrating = ObserverQuantizer(net().eval(), rules())
-    calibrating.calibrate([X], progress=False)
-    with pytest.raises(RuntimeError, match=r"export_onnx\(\): there are no scales yet; call compress\(\) first"):
-        calibrating.export_onnx(tmp_path / "a.onnx", X)
-    quantizer = qat()
-    quantizer.export_model(tmp_path / "model.pt")
-    with pytest.raises(RuntimeError, match=r"export_onnx\(\): export_model\(\) has taken the quantizers off"):
-        quantizer.export_onnx(tmp_path / "a.onnx", X)
-
-
-def test_models_that_cannot_be_written(tmp_path: Path) -> None:
-    class Branching(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x if x.sum() > 0 else -x)
-
-    with pytest.raises(ValueError, match="torch.export cannot trace the model"):
-        NaiveQuantizer(Branching()).export_onnx(tmp_path / "a.onnx", X)
-    with pytest.raises(ValueError, match="needs a float32 model, this one has torch.float64"):
-        NaiveQuantizer(net().double()).export_onnx(tmp_path / "a.onnx", X.double())
-    model = net()
-    quantizer = NaiveQuantizer(model)
-    with torch.no_grad():
-        model.conv1.parametrizations.weight.original[0] = float("nan")
-    with pytest.raises(ValueError, match="conv1.weight holds NaN or infinity"):
-        quantizer.export_onnx(tmp_path / "a.onnx", X)
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- integers

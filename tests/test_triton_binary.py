@@ -1,6 +1,6 @@
-"""The Triton twins of binary networks equal quantkern.reference exactly.
+"""The Triton twins of binary networks equal quantkern.reference exactly: signs, packing, pooling, and all of them.
 
-Where and how they run is told in test_triton.py, from which the tensors of these tests come.
+Where and how they run is told in triton_checks.py, from which the tensors of these tests come.
 """
 
 from __future__ import annotations
@@ -10,69 +10,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_triton import (
+from torch import Tensor
+from triton_binary_checks import assert_packed, check_conv, check_matmul, packed, vectors, with_padding_bits
+from triton_checks import (
     COMPILE_EVERY_KERNEL,
     DEVICES,
     DTYPES,
     LAYOUTS,
+    RUNS_HERE,
     SPECIAL,
     assert_mask,
     assert_same_bits,
     run_python,
     values,
 )
-from torch import Tensor
 
 from quantkern import Backend, reference
 from quantkern import functional as F
 from quantkern import triton as twins
 
-pytestmark = [
-    pytest.mark.skipif(not DEVICES, reason="Triton cannot run here, see test_triton.py"),
-    # The interpreter computes with numpy, which warns where a GPU silently gives NaN or infinity.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = RUNS_HERE
 
 WITH_EVERY_AXIS = [(name, axis) for name, make in LAYOUTS.items() for axis in range(make().dim())]
 # Thousands of rows of one or two signs take the interpreter seconds and show no more than "image".
 for slow in (("long_rows", 0), ("long_rows", 1), ("long_channels_last", 0)):
     WITH_EVERY_AXIS.remove(slow)
-INT32_MIN = -(2**31)
 
 
 @pytest.fixture(params=DEVICES or ["cpu"])
 def device(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
-
-
-def packed(*shape: int, seed: int = 0) -> Tensor:
-    """Random packed signs of a float tensor of this shape, packed along its last dimension."""
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return reference.pack_signs(torch.randn(shape, generator=generator))
-
-
-def with_padding_bits(words: Tensor, k: int) -> Tensor:
-    """The same signs with padding bits that are all 1."""
-    dirty = words.clone()
-    if k % 32 and words.numel():
-        dirty[..., -1] |= torch.tensor(-1, dtype=torch.int32) << (k % 32)
-    return dirty
-
-
-def vectors(count: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(scale, bias, threshold, flip) for ``count`` columns of sums of k signs."""
-    generator = torch.Generator().manual_seed(count)
-    scale, bias = torch.randn((2, count), generator=generator)
-    reach = max(1, int(k**0.5))
-    threshold = torch.randint(-reach, reach + 1, (count,), generator=generator, dtype=torch.int32)
-    return scale, bias, threshold, packed(count, seed=1)
-
-
-def assert_packed(actual: Tensor, expected: Tensor) -> None:
-    assert actual.dtype is torch.int32
-    assert actual.is_contiguous()
-    assert torch.equal(actual.cpu(), expected)
 
 
 # ---- binarize
@@ -149,161 +117,6 @@ def test_unpack(dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None
     expected = reference.unpack_signs(words, k, dtype)
     for given in (words, with_padding_bits(words, k)):
         assert_same_bits(twins.unpack_signs_forward(given.to(device), k, dtype), expected)
-
-
-# ---- binary_matmul
-
-
-def check_matmul(m: int, n: int, k: int, device: str) -> None:
-    a, b = packed(m, k), packed(n, k, seed=1)
-    scale, bias, threshold, flip = vectors(n, k)
-    # What padding bits hold is nobody's business.
-    given = with_padding_bits(a, k).to(device), with_padding_bits(b, k).to(device), k
-    for factors in ((None, None), (scale, None), (None, bias), (scale, bias)):
-        y = twins.binary_matmul_forward(*given, *(None if t is None else t.to(device) for t in factors))
-        expected = reference.scaled(reference.binary_matmul(a, b, k) + 0.0, *factors)
-        assert_same_bits(y, expected)
-    signs = twins.binary_matmul_sign_forward(*given, threshold.to(device), flip.to(device))
-    assert_packed(signs, reference.binary_matmul_sign(a, b, k, threshold, flip))
-
-
-@pytest.mark.parametrize("k", [0, 1, 32, 33, 260])
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 70), (3, 5), (15, 33), (16, 1), (17, 40)])
-def test_matmul(m: int, n: int, k: int, device: str) -> None:
-    check_matmul(m, n, k, device)
-
-
-@pytest.mark.parametrize(("m", "n", "k"), [(0, 3, 5), (3, 0, 5), (0, 0, 0), (130, 129, 65), (2, 300, 40), (140, 2, 64)])
-def test_matmul_of_several_tiles_and_of_none(m: int, n: int, k: int, device: str) -> None:
-    check_matmul(m, n, k, device)
-
-
-@pytest.mark.parametrize(("m", "k"), [(2, 2**16 + 7), (16, 2**12 + 7)])
-def test_matmul_of_equal_and_opposite_rows(m: int, k: int, device: str) -> None:
-    x = torch.ones(1, k)
-    a = reference.pack_signs(torch.cat([x, -x]).repeat(m // 2, 1))
-    y = twins.binary_matmul_forward(a.to(device), a[:2].to(device), k, None, None).cpu()
-    assert y.tolist() == [[k, -k], [-k, k]] * (m // 2)
-
-
-@pytest.mark.parametrize("m", [1, 16])
-def test_thresholds_out_of_reach(m: int, device: str) -> None:
-    a, b = packed(m, 40), packed(4, 40, seed=1)
-    threshold = torch.tensor([INT32_MIN, 2**31 - 1, -41, 41], dtype=torch.int32)
-    for flip, expected in ((0, 0b0101), (0b0110, 0b0011), (-1, 0b1010)):
-        turned = torch.tensor([flip], dtype=torch.int32)
-        signs = twins.binary_matmul_sign_forward(
-            a.to(device), b.to(device), 40, threshold.to(device), turned.to(device)
-        )
-        assert signs.cpu().flatten().tolist() == [expected] * m
-
-
-@pytest.mark.parametrize("rows", [1, 15, 16, 200])
-def test_the_kernel_is_chosen_by_the_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantkern.triton import binary_matmul
-
-    launched = []
-    for name in ("popcount", "tensor"):
-
-        class Recorder:
-            kind = name
-
-            def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-                return lambda *given, **options: launched.append(self.kind)
-
-        monkeypatch.setattr(binary_matmul, f"{name}_products_kernel", Recorder())
-    twins.binary_matmul_forward(packed(rows, 40), packed(7, 40), 40, None, None)
-    assert launched == ["popcount" if rows < 16 else "tensor"]
-
-
-# ---- binary_conv2d
-
-
-def check_conv(
-    images: tuple[int, int, int, int],
-    kernel: tuple[int, int, int],
-    device: str,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-) -> None:
-    """Images [N, C, H, W] and kernel (O, kh, kw) against the reference, and against the float convolution."""
-    n, channels, height, width = images
-    x = packed(n, height, width, channels)
-    weight = packed(*kernel, channels, seed=1)
-    geometry = stride, padding, dilation
-    scale, bias, threshold, flip = vectors(kernel[0], channels * kernel[1] * kernel[2])
-    given = [with_padding_bits(t, channels).to(device) for t in (x, weight)]
-    y = twins.binary_conv2d_forward(*given, channels, *geometry, None, None)
-    assert y.is_contiguous()
-    assert_same_bits(y, reference.binary_conv2d(x, weight, channels, *geometry) + 0.0)
-    signs = (reference.unpack_signs(t, channels).permute(0, 3, 1, 2) for t in (x, weight))
-    assert torch.equal(y.cpu(), torch.nn.functional.conv2d(*signs, None, *geometry))
-    y = twins.binary_conv2d_forward(*given, channels, *geometry, scale.to(device), bias.to(device))
-    assert_same_bits(y, reference.binary_conv2d(x, weight, channels, *geometry, scale, bias))
-    packed_signs = twins.binary_conv2d_sign_forward(*given, channels, *geometry, threshold.to(device), flip.to(device))
-    assert_packed(packed_signs, reference.binary_conv2d_sign(x, weight, channels, *geometry, threshold, flip))
-
-
-@pytest.mark.parametrize("channels", [1, 3, 33, 64])
-@pytest.mark.parametrize("padding", [(0, 0), (2, 1)])
-def test_conv_channels(channels: int, padding: tuple[int, int], device: str) -> None:
-    check_conv((2, channels, 5, 6), (5, 3, 3), device, padding=padding)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "stride", "dilation"),
-    [
-        ((2, 3), (1, 1), (1, 1)),
-        ((2, 3), (2, 1), (1, 3)),
-        ((2, 3), (3, 2), (2, 1)),
-        ((3, 1), (1, 2), (3, 1)),
-        ((3, 1), (2, 3), (1, 2)),
-        ((3, 2), (1, 1), (2, 2)),
-    ],
-)
-def test_conv_geometries(
-    kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int], device: str
-) -> None:
-    check_conv((2, 40, 6, 7), (5, *kernel), device, stride, (1, 2), dilation)
-
-
-@pytest.mark.parametrize(
-    ("images", "kernel", "options"),
-    [
-        ((1, 3, 1, 1), (2, 1, 1), {}),
-        ((1, 33, 1, 1), (2, 3, 3), {"padding": (1, 1)}),
-        ((20, 33, 1, 1), (2, 3, 3), {"padding": (1, 1)}),
-        ((2, 70, 4, 4), (33, 1, 1), {}),
-        ((2, 70, 4, 5), (3, 1, 1), {"stride": (2, 2)}),
-        ((2, 70, 3, 3), (3, 1, 1), {"padding": (1, 1)}),
-        ((1, 5, 3, 4), (2, 3, 4), {}),
-        ((1, 5, 2, 2), (2, 2, 2), {"padding": (3, 3)}),
-        ((0, 5, 3, 3), (2, 3, 3), {}),
-        ((2, 32, 8, 9), (130, 2, 2), {"padding": (1, 1)}),
-    ],
-)
-def test_conv_at_the_edges(
-    images: tuple[int, int, int, int],
-    kernel: tuple[int, int, int],
-    options: dict[str, tuple[int, int]],
-    device: str,
-) -> None:
-    check_conv(images, kernel, device, **options)
-
-
-def test_conv_without_outputs(device: str) -> None:
-    x, weight, none = packed(2, 3, 3, 5).to(device), packed(0, 2, 2, 5).to(device), packed(0).to(device)
-    geometry = (1, 1), (0, 0), (1, 1)
-    assert twins.binary_conv2d_forward(x, weight, 5, *geometry, None, None).shape == (2, 0, 2, 2)
-    assert twins.binary_conv2d_sign_forward(x, weight, 5, *geometry, none, none).shape == (2, 2, 2, 0)
-
-
-def test_conv_without_channels(device: str) -> None:
-    x, weight = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((2, 3, 3, 0), (4, 2, 2, 0)))
-    bias = torch.arange(4.0)
-    y = twins.binary_conv2d_forward(x, weight, 0, (1, 1), (0, 0), (1, 1), None, bias.to(device))
-    assert torch.equal(y.cpu(), bias[None, :, None, None].expand(2, 4, 2, 2))
 
 
 # ---- packed_max_pool2d
@@ -460,7 +273,7 @@ def test_nothing_waits_for_the_host() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-# test_triton's compiler in place of a launch, with the operations of this file instead of its own.
+# The compiler of triton_checks in place of a launch, with the operations of this file instead of its own.
 COMPILE_THESE_KERNELS = (
     COMPILE_EVERY_KERNEL.partition("x = torch.empty")[0].replace(
         'print(kernel.__name__, "inexact" if found else "exact", *found)',

@@ -1,24 +1,25 @@
-"""The Triton twins of lsq and DoReFa equal the native CPU operators bit for bit, except in sums, whose bound is stated.
+"""The Triton twins of lsq equal the native CPU operators bit for bit, except in sums, whose bound is stated; and what
+holds for DoReFa's too, whose own tests are in test_triton_dorefa.py.
 
-Where and how they run is told in test_triton.py, from which the tensors of these tests come.
+Where and how they run is told in triton_checks.py, from which the tensors of these tests come.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import pkgutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from test_triton import (
+from torch import Tensor
+from triton_checks import (
     COMPILE_EVERY_KERNEL,
     DEVICES,
     DTYPES,
     LAYOUTS,
+    RUNS_HERE,
     SPECIAL,
     WITH_AXES,
     assert_same_bits,
@@ -26,26 +27,26 @@ from test_triton import (
     run_python,
     values,
 )
-from torch import Tensor
+from triton_learned_checks import (
+    GIVEN,
+    INF,
+    NAN,
+    SUM_ERROR,
+    check_activation,
+    check_gradient,
+    check_lsq,
+    check_weight,
+    check_weight_backward,
+    gradient_of,
+    native,
+    steps,
+)
 
 from quantkern import Backend, reference
 from quantkern import functional as F
 from quantkern import triton as twins
 
-native = torch.ops.quantkern
-pytestmark = [
-    pytest.mark.skipif(not DEVICES, reason="Triton cannot run here, see test_triton.py"),
-    # The interpreter computes with numpy, which warns where a GPU silently gives NaN or infinity.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
-
-EPSILON = torch.finfo(torch.float32).eps
-# A sum of n float32 numbers is wrong by at most the depth of its additions times epsilon times the sum of their
-# magnitudes; the depth of the sums of tensors as small as these stays below 64 in any order that is not one chain.
-SUM_ERROR = 64 * EPSILON
-FULL = [name for name in LAYOUTS if name != "empty"]
-BITS = [1, 2, 4, 8]
-GIVEN = torch.cat([torch.tensor(SPECIAL), values(206) * 10.0 ** torch.linspace(-8, 6, 206)]).reshape(10, 22)
+pytestmark = RUNS_HERE
 
 
 @pytest.fixture(params=DEVICES or ["cpu"])
@@ -54,59 +55,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def gradient_of(x: Tensor) -> Tensor:
-    return (values(3, *x.shape)[1] if x.numel() else torch.zeros(x.shape)).to(x.dtype)
-
-
 # ---- lsq
-
-
-def steps(count: int, axis: int | None) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(count)
-    scale, zero_point = torch.rand(count, generator=generator) + 0.05, torch.randn(count, generator=generator)
-    return (scale, zero_point) if axis is not None else (scale.reshape(()), zero_point.reshape(()))
-
-
-def assert_sum(have: Tensor, want: Tensor, grad: Tensor, factor: float, axis: int | None) -> None:
-    """Equal but for the rounding of a sum of parts up to factor * |grad|."""
-    assert have.dtype is torch.float32
-    assert have.shape == want.shape
-    size = grad.double().abs()
-    size = size.sum().reshape(1) if axis is None else size.unsqueeze(-1).movedim(axis, 0).flatten(1).sum(1)
-    assert ((have.cpu().double() - want).abs().reshape(-1) <= SUM_ERROR * factor * size).all()
-
-
-def check_lsq(
-    x: Tensor,
-    grad: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    axis: int | None,
-    device: str,
-    low: int = -8,
-    high: int = 7,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward and backward against the native operators; the sums against those of the reference too."""
-    on_device = [None if t is None else t.to(device) for t in (grad, x, scale, zero_point)]
-    y = twins.lsq_forward(*on_device[1:3], low, high, axis, on_device[3])
-    assert_same_bits(y, native.lsq_forward(x, scale, low, high, axis, zero_point))
-    factor = 0.37
-    got = twins.lsq_backward(*on_device[:3], low, high, factor, axis, on_device[3])
-    want = native.lsq_backward(grad, x, scale, low, high, factor, axis, zero_point)
-    assert_same_bits(got[0], want[0])
-    assert y.stride() == got[0].stride() == torch.empty_like(x).stride()
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, scale, zero_point)]
-    column = leaves[0].unsqueeze(-1)
-    reference.lsq(column, leaves[1], low, high, axis, factor, leaves[2]).backward(grad.unsqueeze(-1))
-    reach = high - low + (0.0 if zero_point is None else float(zero_point.abs().sum()))
-    for expected in (want[1], leaves[1].grad):
-        assert_sum(got[1], expected, grad, factor * reach, axis)
-    if zero_point is None:
-        assert got[2].shape == (0,)
-    else:
-        for expected in (want[2], leaves[2].grad):
-            assert_sum(got[2], expected, grad, factor * float(scale.sum()), axis)
-    return got
 
 
 @pytest.mark.parametrize(("layout", "axis"), WITH_AXES)
@@ -154,9 +103,6 @@ def test_lsq_takes_gradients_of_any_strides(layout: str, device: str) -> None:
         assert torch.equal(grad, before[1])
 
 
-NAN, INF = float("nan"), float("inf")
-
-
 @pytest.mark.parametrize(
     ("scale", "zero_point"),
     [(0.0, 0.5), (-1.0, 0.5), (NAN, 0.5), (INF, 0.5), (1e-45, 0.5), (0.3, INF), (0.3, -INF), (0.3, NAN)],
@@ -186,229 +132,6 @@ def test_lsq_sums_are_the_same_in_every_call(layout: str, axis: int | None, devi
     again = check_lsq(x, gradient_of(x), *steps(channels_of(x, axis), axis), axis, device)
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one, other)
-
-
-# ---- dorefa_weight
-
-
-def check_weight(x: Tensor, bits: int, device: str) -> Tensor:
-    """The forward against the native operator; returns ``largest``."""
-    y, largest = twins.dorefa_weight_forward(x.to(device), bits)
-    want, want_largest = native.dorefa_weight_forward(x, bits)
-    assert largest.shape == ()
-    assert largest.dtype is torch.float32
-    assert y.stride() == torch.empty_like(x).stride()
-    if bits > 1:
-        assert torch.equal(largest.cpu(), want_largest)
-    else:
-        torch.testing.assert_close(largest.cpu(), want_largest, rtol=SUM_ERROR, atol=0, equal_nan=True)
-        mean = largest.cpu()
-        wide = x.float()
-        want = torch.where(wide >= 0, mean, torch.where(wide < 0, -mean, wide)).to(x.dtype)
-    assert_same_bits(y, want)
-    return largest
-
-
-def check_weight_backward(x: Tensor, grad: Tensor, device: str, largest: Tensor | None = None) -> Tensor:
-    """Bit-equal but for the elements at the maximum, through which a sum passes."""
-    largest = native.dorefa_weight_forward(x, 2)[1] if largest is None else largest
-    want = native.dorefa_weight_backward(grad, x, largest)
-    dx = twins.dorefa_weight_backward(grad.to(device), x.to(device), largest.to(device))
-    assert dx.dtype is x.dtype
-    assert dx.stride() == torch.empty_like(x).stride()
-    # tanh_lane may give neighbours of the largest weight its tanh.
-    at_largest = x.float().abs() >= largest * (1 - 1e-4)
-    have, nothing = dx.cpu(), torch.zeros((), dtype=x.dtype)
-    assert_same_bits(torch.where(at_largest, nothing, have), torch.where(at_largest, nothing, want))
-    m = float(torch.tanh(largest))
-    if m > 0 and x.numel():
-        size = float((grad.double().abs() * torch.tanh(x.double()).abs().nan_to_num(0)).sum()) / m**2
-        rounding = torch.finfo(x.dtype).eps
-        torch.testing.assert_close(
-            have[at_largest], want[at_largest], rtol=2 * rounding, atol=SUM_ERROR * size, equal_nan=True
-        )
-    return dx
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("bits", [1, 4])
-def test_dorefa_weight_layouts(layout: str, bits: int, device: str) -> None:
-    x = LAYOUTS[layout]()
-    check_weight(x, bits, device)
-    if bits > 1:
-        check_weight_backward(x, gradient_of(x), device)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", [*BITS, 16])
-def test_dorefa_weight_of_any_size(dtype: torch.dtype, bits: int, device: str) -> None:
-    for size in (1e-30, 0.3, 40.0):
-        check_weight((values(31, 40) * size).to(dtype), bits, device)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dorefa_weight_backward_of_any_size(dtype: torch.dtype, device: str) -> None:
-    for size in (1e-3, 0.3, 2.0, 40.0):
-        x = (values(31, 40) * size).to(dtype)
-        check_weight_backward(x, gradient_of(x), device)
-
-
-def test_dorefa_weight_special_values(device: str) -> None:
-    nan, inf = NAN, INF
-    rows = [[nan, 1.0, -2.0, 0.0], [inf, -inf, 1.0, nan], [1e-42, -1e-42, 0.0, -0.0], [3e38, -1.0, 1e-7, 0.6]]
-    rows += [
-        [nan] * 4,
-        [0.0, -0.0, 0.0, 0.0],
-        [2.0, -2.0, 2.0, 1.0],
-        [0.625, -0.6249999, 0.0, 1.0],
-        [nan, 0.0, 0.0, 0.0],
-    ]
-    for row in rows:
-        x = torch.tensor(row)
-        for bits in (1, 2, 8):
-            check_weight(x, bits, device)
-        check_weight_backward(x, torch.tensor([1.0, -0.5, 2.0, 0.25]), device)
-
-
-def test_dorefa_weight_shares_the_gradient_of_its_maximum(device: str) -> None:
-    # Two blocks and more, with the maximum attained by either sign in several of them.
-    x = values(6000) * 0.2
-    x[[3, 2047, 4100]], x[[700, 5999]] = 2.5, -2.5
-    for dtype in DTYPES:
-        dx = check_weight_backward(x.to(dtype), gradient_of(x.to(dtype)), device)
-        assert (dx[[3, 2047, 4100, 700, 5999]] != 0).all()
-    leaf = x.double().requires_grad_()
-    reference.dorefa_weight(leaf, 4).backward(gradient_of(x).double())
-    dx = check_weight_backward(x, gradient_of(x), device)
-    torch.testing.assert_close(dx.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-5)
-
-
-def test_dorefa_weight_of_zeros_has_no_gradient(device: str) -> None:
-    dx = check_weight_backward(torch.zeros(5, 3), gradient_of(values(5, 3)), device)
-    assert (dx == 0).all()
-
-
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
-def test_dorefa_weight_takes_gradients_of_any_strides(layout: str, device: str) -> None:
-    x = LAYOUTS[layout]()
-    before = x.clone()
-    for grad in (gradient_of(x).t().contiguous().t(), torch.ones(()).expand(x.shape)):
-        check_weight_backward(x, grad, device)
-    assert torch.equal(x, before)
-
-
-def test_dorefa_weight_sums_are_the_same_in_every_call(device: str) -> None:
-    x, grad = values(9000), gradient_of(values(9000))
-    assert torch.equal(check_weight(x, 1, device), check_weight(x, 1, device))
-    assert torch.equal(check_weight_backward(x, grad, device), check_weight_backward(x, grad, device))
-
-
-# ---- dorefa_activation
-
-
-def check_activation(x: Tensor, bits: int, device: str) -> None:
-    y, mask = twins.dorefa_activation_forward(x.to(device), bits, True)
-    want, want_mask = native.dorefa_activation_forward(x, bits, True)
-    assert_same_bits(y, want)
-    assert y.stride() == torch.empty_like(x).stride()
-    assert torch.equal(mask.cpu(), want_mask)
-    assert_same_bits(y, reference.dorefa_activation(x, bits))
-    unmasked, none = twins.dorefa_activation_forward(x.to(device), bits, False)
-    assert_same_bits(unmasked, want)
-    assert none.numel() == 0
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_dorefa_activation_layouts(layout: str, device: str) -> None:
-    check_activation(LAYOUTS[layout](), 2, device)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", [*BITS, 16])
-def test_dorefa_activation_special_values(dtype: torch.dtype, bits: int, device: str) -> None:
-    x = torch.cat([GIVEN.flatten(), torch.linspace(-0.25, 1.25, 193)]).to(dtype)
-    check_activation(x, bits, device)
-
-
-# ---- dorefa_gradient
-
-
-def check_gradient(grad: Tensor, bits: int, seed: int, device: str) -> Tensor:
-    quantized = twins.quantize_gradient(grad.to(device), bits, torch.tensor(seed, device=device))
-    assert_same_bits(quantized, native.dorefa_gradient(grad, bits, torch.tensor(seed)))
-    assert quantized.stride() == torch.empty_like(grad).stride()
-    return quantized
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_dorefa_gradient_layouts(layout: str, device: str) -> None:
-    check_gradient(LAYOUTS[layout](), 4, 12345, device)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("bits", "seed"), [(1, 0), (2, -1), (4, (1 << 62) + 987654321), (8, 1 << 31), (16, 3)])
-def test_dorefa_gradient_seeds(dtype: torch.dtype, bits: int, seed: int, device: str) -> None:
-    grad = values(3, 701).to(dtype)
-    quantized = check_gradient(grad, bits, seed, device)
-    assert_same_bits(quantized, reference.dorefa_gradient(grad, bits, seed))
-
-
-def test_dorefa_gradient_special_values(device: str) -> None:
-    for dtype in DTYPES:
-        check_gradient(GIVEN.to(dtype), 4, 7, device)
-        check_gradient(torch.zeros(3, 5, dtype=dtype), 4, 7, device)
-        check_gradient(torch.full((2, 3), float("nan"), dtype=dtype), 4, 7, device)
-    check_gradient(torch.tensor([[1e-42, 2e-42], [3e38, -3e38], [float("nan"), 1.0]]), 8, 7, device)
-
-
-def test_dorefa_gradient_takes_a_vector_seed(device: str) -> None:
-    grad = values(4, 9).to(device)
-    seeds = torch.tensor([5], device=device)
-    assert torch.equal(twins.quantize_gradient(grad, 4, seeds), twins.quantize_gradient(grad, 4, seeds[0]))
-
-
-def philox_words(seed: int, block: int) -> list[int]:
-    """Philox4x32-10 in Python's integers."""
-    low32 = 0xFFFFFFFF
-    w, k = [block & low32, block >> 32, 0, 0], [seed & low32, seed >> 32 & low32]
-    for _ in range(10):
-        a, b = w[0] * 0xD2511F53, w[2] * 0xCD9E8D57
-        w = [b >> 32 ^ w[1] ^ k[0], b & low32, a >> 32 ^ w[3] ^ k[1], a & low32]
-        k = [k[0] + 0x9E3779B9 & low32, k[1] + 0xBB67AE85 & low32]
-    return w
-
-
-@pytest.mark.parametrize("first", [0, (1 << 34) - 32, (1 << 40) + 64])
-def test_noise_beyond_32_bits(first: int, device: str, philox_noise: Callable[[int, int, str], Tensor]) -> None:
-    """Elements from ``first`` on, where block numbers need their upper word too."""
-    noise = philox_noise(97531, first, device)
-    words = [word for block in range(first // 4, first // 4 + 16) for word in philox_words(97531, block)]
-    assert noise.tolist() == [(word >> 8) * 2.0**-24 - 0.5 for word in words]
-    assert philox_words(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-
-
-@pytest.fixture
-def philox_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int, str], Tensor]:
-    """The noise of 64 elements from a place, by a kernel of its own, which Triton wants to read from a file."""
-    (tmp_path / "noise_kernel.py").write_text("""
-import triton
-import triton.language as tl
-from quantkern.triton.dorefa_gradient import noise_of
-
-@triton.jit
-def noise_kernel(seed_ptr, first_ptr, out_ptr):
-    tl.store(out_ptr + tl.arange(0, 64), noise_of(tl.load(seed_ptr), tl.load(first_ptr), 64))
-""")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "noise_kernel", raising=False)
-
-    def run(seed: int, first: int, device: str) -> Tensor:
-        kernel = importlib.import_module("noise_kernel").noise_kernel
-        out = torch.empty(64, device=device)
-        kernel[(1,)](torch.tensor([seed], device=device), torch.tensor([first], device=device), out)
-        return out.cpu()
-
-    return run
 
 
 # ---- all of them
@@ -529,7 +252,7 @@ def test_nothing_waits_for_the_host() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-# test_triton's compiler in place of a launch, with the operations of this file instead of its own.
+# The compiler of triton_checks in place of a launch, with the operations of this file instead of its own.
 COMPILE_THESE_KERNELS = (
     COMPILE_EVERY_KERNEL.partition("x = torch.empty")[0]
     + """

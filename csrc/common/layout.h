@@ -50,10 +50,15 @@ inline DenseInOut dense_in_out(const at::Tensor& x) {
   return {out, out};
 }
 
-// The same for an output of a type of its own, where there is nothing in it to work on.
+// x where it is dense, else a copy with the strides of torch.empty_like.
+inline at::Tensor as_dense(const at::Tensor& x) {
+  return x.is_non_overlapping_and_dense() ? x : at::empty_like(x).copy_(x);
+}
+
+// x and an output of a type of its own, where there is nothing in it to work on.
 inline DenseInOut dense_in_out(const at::Tensor& x, at::ScalarType dtype) {
   if (dtype == x.scalar_type()) return dense_in_out(x);
-  const at::Tensor in = x.is_non_overlapping_and_dense() ? x : at::empty_like(x).copy_(x);
+  const at::Tensor in = as_dense(x);
   return {in, new_strided(in.sizes(), in.strides(), in, dtype)};
 }
 

@@ -41,7 +41,7 @@ void set_params(PreparedParams& params, const at::Tensor& parameters, int64_t ch
 TensorPair to_codes_cpu(const at::Tensor& x, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
                         int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis) {
   axis = check_to_codes(x, scale, zero_point, quant_min, quant_max, axis);
-  const at::Tensor dense = x.is_non_overlapping_and_dense() ? x : x.contiguous();
+  const at::Tensor dense = as_dense(x);
   at::Tensor codes = at::detail::empty_strided_cpu(dense.sizes(), dense.strides(), at::kByte);
   at::Tensor parameters = new_parameters(scale, zero_point);
   const Layout layout = layout_of(dense, axis);

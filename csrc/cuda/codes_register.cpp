@@ -12,7 +12,7 @@ TensorPair to_codes_cuda(const at::Tensor& x, const at::Tensor& scale, const std
                          int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis) {
   axis = check_to_codes(x, scale, zero_point, quant_min, quant_max, axis);
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor dense = x.is_non_overlapping_and_dense() ? x : x.contiguous();
+  const at::Tensor dense = as_dense(x);
   at::Tensor codes = at::empty_strided(dense.sizes(), dense.strides(), x.options().dtype(at::kByte));
   at::Tensor parameters = at::empty({2 * scale.numel() + 1}, scale.options());
   const at::Tensor scales = scale.contiguous();

@@ -92,7 +92,8 @@ def binary_conv2d(
     """
     images, kernels = (unpack_signs(t, channels).permute(0, 3, 1, 2) for t in (x, weight))
     dot = torch.nn.functional.conv2d(images, kernels, None, stride, padding, dilation)
-    return scaled(torch.round(dot).movedim(1, -1), scale, bias).movedim(-1, 1).contiguous()
+    dot = torch.round(dot) + 0.0  # a sum of +-1 has no negative zero, a convolution with padding may
+    return scaled(dot.movedim(1, -1), scale, bias).movedim(-1, 1).contiguous()
 
 
 def binary_conv2d_sign(
