@@ -20,13 +20,8 @@ as the fastest float contestant ours are, and which one that was.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
-import io
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +30,27 @@ import torch
 from torch import Tensor, nn
 
 import quantkern.functional as F
-from benchmarks import harness, peers, report
+from benchmarks import binary_peers, harness, report, tables
+from benchmarks.binary_contestants import (
+    SLOW_MACS,
+    Entries,
+    Step,
+    check_signs,
+    difference,
+    int8_product,
+    normal,
+    on_cpu,
+    onednn_conv2d,
+    onednn_linear,
+    packed_signs,
+    prepacked_conv2d,
+    rounded,
+    signs,
+    thresholds,
+)
+from benchmarks.binary_networks import BATCHES, vgg
 from benchmarks.fakequant import names_of
-from benchmarks.peers import Unsupported
+from benchmarks.problems import Unsupported
 from benchmarks.shapes import CONVOLUTIONS, LINEARS, PACKINGS, PRODUCTS, Convolution, Product, Shape
 
 OPERATIONS = {
@@ -49,158 +62,7 @@ OPERATIONS = {
     "vgg": "inference of a whole network",
 }
 TRAINED = ("conv-256x28", "vgg-256x16")
-BATCHES = {"batch-1": 1, "batch-32": 32}
 SHAPES = (*PRODUCTS, *LINEARS, *CONVOLUTIONS, *PACKINGS, *BATCHES)
-
-SLOW_MACS = 2**32
-"""Above this a contestant that works bit by bit would take many seconds a call."""
-
-Step = Callable[[], Any]
-Check = Callable[[Any], harness.Verdict]
-
-
-def signs(x: Tensor) -> Tensor:
-    """+1 and -1, the specification of a sign."""
-    return torch.where(x >= 0, 1.0, -1.0)
-
-
-def normal(*shape: int, device: torch.device, seed: int) -> Tensor:
-    """Standard normal, the same numbers everywhere."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-def difference(y: Tensor, expected: Tensor) -> harness.Verdict:
-    """Equal, or not to be timed."""
-    y = y.to(expected.dtype)
-    if y.shape == expected.shape and torch.equal(y, expected):
-        return harness.Verdict(True, "equal")
-    if y.shape != expected.shape:
-        return harness.Verdict(False, f"disagrees with the reference: shape {list(y.shape)}")
-    wrong = float((y != expected).float().mean())
-    return harness.Verdict(False, f"disagrees with the reference: {wrong:.2g} of all differ")
-
-
-def rounded(y: Tensor, expected: Tensor) -> harness.Verdict:
-    """Equal once sums are whole numbers again: float convolutions may transform their operands."""
-    verdict = difference(y, expected)
-    if verdict.accepted or y.shape != expected.shape:
-        return verdict
-    verdict = difference(y.round(), expected)
-    return harness.Verdict(True, "equal when rounded") if verdict.accepted else verdict
-
-
-@dataclass
-class Entries:
-    """The contestants of a case, and those that cannot take part, with the reason."""
-
-    contestants: list[harness.Contestant] = field(default_factory=list)
-    unavailable: dict[str, str] = field(default_factory=dict)
-
-    def add(self, name: str, build: Callable[[], Step], check: Check | None = None) -> None:
-        """Set a contestant up."""
-        try:
-            step = build()
-        except Unsupported as reason:
-            self.unavailable[name] = str(reason)
-        except Exception as error:  # a library that fails is a finding; ours must not
-            if name.startswith("quantkern"):
-                raise
-            self.unavailable[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-        else:
-            self.contestants.append(harness.Contestant(name, step, (lambda: check(step())) if check else None))
-
-    def add_floor(self, size: int, device: torch.device) -> None:
-        """A copy that moves so many bytes, half of them read and half written."""
-        source = torch.zeros(size // 2, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        verdict = harness.Verdict(True, f"moves {harness.figure(size / 1e6)} MB")
-        self.contestants.append(harness.Contestant("floor", lambda: target.copy_(source), lambda: verdict))
-
-    def case(
-        self, operation: str, shape: object, name: str, elements: int, floor_bytes: int, device: torch.device
-    ) -> harness.Case:
-        """The finished case."""
-        return harness.Case(
-            labels={"operation": operation, "shape": name, "size": str(shape)},
-            elements=elements,
-            floor_bytes=floor_bytes,
-            contestants=self.contestants,
-            device=device,
-            floor="floor",
-            unavailable=self.unavailable,
-        )
-
-
-# --- int8, as torch has it
-
-
-def int8_product(a: Tensor, b: Tensor, macs: int) -> Step:
-    """torch._int_mm, into memory that is there."""
-    if a.device.type == "cpu" and macs > SLOW_MACS:
-        raise Unsupported("without VNNI it takes half a minute a call at this size")
-    x, w = a.to(torch.int8), b.to(torch.int8).t()
-    out = torch.empty(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    return lambda: torch._int_mm(x, w, out=out)
-
-
-def onednn_operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs as uint8 0 and 2 with zero point 1, weights as int8, their scales and zero points."""
-    if x.device.type != "cpu":
-        raise Unsupported("is for the CPU")
-    outputs = weight.shape[0]
-    zeros = torch.zeros(outputs, dtype=torch.int64)
-    return (x + 1).to(torch.uint8), weight.to(torch.int8), torch.ones(outputs), zeros
-
-
-def onednn_linear(x: Tensor, weight: Tensor) -> Step:
-    """oneDNN's int8 linear layer, with prepacked weights and float results."""
-    activations, weights, scales, zeros = onednn_operands(x, weight)
-    packed = torch.ops.onednn.qlinear_prepack(weights, None)
-    return lambda: torch.ops.onednn.qlinear_pointwise(
-        activations, 1.0, 1, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-
-
-def onednn_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Step:
-    """oneDNN's int8 convolution, channels last, with prepacked weights and float results."""
-    activations, weights, scales, zeros = onednn_operands(x, weight)
-    activations = activations.contiguous(memory_format=torch.channels_last)
-    where = [stride, stride], [padding, padding], [1, 1], 1
-    packed = torch.ops.onednn.qconv_prepack(weights, scales, 1.0, 1, *where, list(x.shape))
-    return lambda: torch.ops.onednn.qconv_pointwise(
-        activations, 1.0, 1, packed, scales, zeros, None, *where, 1.0, 0, torch.float32, "none", [], ""
-    )
-
-
-# --- products and layers
-
-
-def thresholds(outputs: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Thresholds in the middle of the sums, int32 [outputs]; which channels flip, bool and packed."""
-    at = (normal(outputs, device=device, seed=8) * k**0.5).to(torch.int32)
-    flipped = normal(outputs, device=device, seed=9)
-    flip = F.pack_signs(flipped)
-    assert isinstance(flip, Tensor)
-    return at, flipped >= 0, flip
-
-
-def packed_signs(x: Tensor, axis: int = -1) -> Tensor:
-    """``pack_signs`` without counts."""
-    packed = F.pack_signs(x, axis)
-    assert isinstance(packed, Tensor)
-    return packed
-
-
-def check_signs(expected: Callable[[], Tensor], at: Tensor, flipped: Tensor, axis: int) -> Check:
-    """Compare packed signs with those of the float sums."""
-
-    def check(y: Tensor) -> harness.Verdict:
-        shape = [1] * expected().dim()
-        shape[axis] = -1
-        bits = (expected() >= at.view(shape)) != flipped.view(shape)
-        return difference(F.unpack_signs(y, at.numel()), torch.where(bits, 1.0, -1.0).movedim(axis, -1))
-
-    return check
 
 
 def product(operation: str, shape: Product, device: torch.device) -> harness.Case:
@@ -227,7 +89,7 @@ def product(operation: str, shape: Product, device: torch.device) -> harness.Cas
     def product(signs: Tensor) -> Tensor:
         return F.binary_matmul(signs, packed_weight, k, arranged=arranged, out=ours)
 
-    entries.add("quantkern", lambda: lambda: product(packed_rows(x)), equal)
+    entries.add("quantkern", lambda: lambda: product(packed_signs(x)), equal)
     entries.add("quantkern packed", lambda: lambda: product(packed), equal)
     entries.add("quantkern not arranged", lambda: lambda: F.binary_matmul(packed, packed_weight, k), equal)
     if operation == "linear":
@@ -250,33 +112,11 @@ def product(operation: str, shape: Product, device: torch.device) -> harness.Cas
     def bitorch() -> Step:
         if shape.macs > SLOW_MACS:
             raise Unsupported("takes half a minute a call at this size")
-        return peers.bitorch_linear(on_cpu(x), weight)
+        return binary_peers.bitorch_linear(on_cpu(x), weight)
 
     entries.add("bitorch-engine", bitorch, equal)
     entries.unavailable["larq"] = "has convolutions only"
     return entries.case(operation, shape, shape.name, m * n, size, device)
-
-
-def packed_rows(x: Tensor) -> Tensor:
-    """The signs of x, packed."""
-    packed = F.pack_signs(x)
-    assert isinstance(packed, Tensor)
-    return packed
-
-
-def on_cpu(x: Tensor) -> Tensor:
-    """x, for libraries that know nothing else."""
-    if x.device.type != "cpu":
-        raise Unsupported("is for the CPU")
-    return x
-
-
-def prepacked_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Step:
-    """oneDNN's float convolution with weights that were brought to its own format before."""
-    on_cpu(x)
-    where = [padding, padding], [stride, stride], [1, 1], 1
-    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *where, x.shape)  # type: ignore[attr-defined]
-    return lambda: torch.ops.mkldnn._convolution_pointwise(x, packed, None, *where, "none", [], "")
 
 
 def convolution(shape: Convolution, device: torch.device) -> harness.Case:
@@ -332,23 +172,23 @@ def convolution(shape: Convolution, device: torch.device) -> harness.Case:
     def bitorch() -> Step:
         if shape.macs > SLOW_MACS:
             raise Unsupported("takes many seconds a call at this size")
-        return peers.bitorch_conv2d(on_cpu(x), weight, stride, padding)
+        return binary_peers.bitorch_conv2d(on_cpu(x), weight, stride, padding)
+
+    def larq() -> Step:
+        return binary_peers.larq_conv2d(on_cpu(x), weight, stride, padding, torch.get_num_threads())
 
     def padded(y: Tensor) -> harness.Verdict:
         """Equal, or with an edge of -1."""
         images = nn.functional.pad(real, (padding,) * 4, value=-1.0)
         verdict = difference(y, nn.functional.conv2d(images, real_weight, None, stride).round())
         if padding and verdict.accepted:
-            return harness.Verdict(True, "another padding *", other_work=peers.PADS_WITH_MINUS_ONE)
+            return harness.Verdict(True, "another padding *", other_work=binary_peers.PADS_WITH_MINUS_ONE)
         return verdict
 
     entries.add("bitorch-engine", bitorch, padded)
-    entries.add("larq", lambda: peers.larq_conv2d(on_cpu(x), weight, stride, padding, torch.get_num_threads()), equal)
+    entries.add("larq", lambda: larq(), equal)
     outputs = shape.batch * shape.outputs * shape.out_size**2
     return entries.case("conv2d", shape, shape.name, outputs, size, device)
-
-
-# --- packing
 
 
 def packing(shape: Shape, device: torch.device) -> harness.Case:
@@ -368,7 +208,7 @@ def packing(shape: Shape, device: torch.device) -> harness.Case:
         return lambda: np.packbits((rows >= 0).numpy(), axis=-1, bitorder="little")
 
     entries = Entries()
-    reads = harness.Verdict(True, f"reads {harness.figure(x.nbytes / 1e6)} MB")
+    reads = harness.Verdict(True, f"reads {tables.figure(x.nbytes / 1e6)} MB")
     entries.contestants.append(harness.Contestant("floor", flat.sum, lambda: reads))
     entries.add("copy", lambda: lambda: target.copy_(x))
     entries.add("quantkern", lambda: lambda: F.pack_signs(x, axis), lambda y: difference(y, expected()))
@@ -378,9 +218,6 @@ def packing(shape: Shape, device: torch.device) -> harness.Case:
         lambda y: difference(torch.from_numpy(np.ascontiguousarray(y).view(np.int32)).to(device), expected()),
     )
     return entries.case("pack_signs", shape, shape.name, x.numel(), x.nbytes + x.nbytes // 32, device)
-
-
-# --- training
 
 
 class SimulatedSign(torch.autograd.Function):
@@ -450,7 +287,7 @@ def training(shape: Convolution, device: torch.device) -> harness.Case:
     def check(name: str) -> harness.Verdict:
         saved = saved_bytes(layers[name], (weight,))
         figures = {"saved_bytes": float(saved), "macs": float(shape.macs)}
-        told = f"saves {harness.figure(saved / 1e6)} MB"
+        told = f"saves {tables.figure(saved / 1e6)} MB"
         if name == "float layer":
             return harness.Verdict(True, f"float activations; {told}", figures)
         y = layers[name]()
@@ -472,134 +309,6 @@ def training(shape: Convolution, device: torch.device) -> harness.Case:
 
         entries.contestants.append(harness.Contestant(name, step, functools.partial(check, name)))
     return entries.case("training", shape, shape.name, x.numel(), size, device)
-
-
-# --- a whole network
-
-
-class Sign(nn.Module):
-    """The sign of a float simulation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """+1 and -1."""
-        return signs(x)
-
-
-def megabytes(model: nn.Module) -> float:
-    """The size of a saved state_dict."""
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    return file.tell() / 1e6
-
-
-@dataclass(frozen=True)
-class Network:
-    """One VGG in four forms: float, simulated with +-1 in real numbers, trained by us, and packed."""
-
-    plain: nn.Module
-    simulated: nn.Module
-    trained: nn.Module
-    packed: nn.Module
-
-
-@functools.cache
-def network(width: float, device: torch.device) -> Network:
-    """The fully binary VGG of examples/bnn_vgg.py with random numbers, those of its batch norms too."""
-    examples = str(harness.ROOT / "examples")
-    if examples not in sys.path:
-        sys.path.append(examples)
-    import bnn_vgg  # type: ignore[import-not-found]
-    import models  # type: ignore[import-not-found]
-
-    from quantkern import BNNQuantizer
-
-    plain = models.BinaryVGG(width=width)
-    generator = torch.Generator().manual_seed(0)
-    before = 1
-    for module in plain.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            before = module.weight[0].numel()
-            nn.init.uniform_(module.weight, -1, 1, generator=generator)
-        elif isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
-            assert module.running_mean is not None and module.running_var is not None
-            module.running_mean.normal_(0, 0.3 * before**0.5, generator=generator)
-            module.running_var.uniform_(0.5 * before, 1.5 * before, generator=generator)
-            if module.affine:  # weights of both signs
-                nn.init.normal_(module.weight, generator=generator)
-                nn.init.normal_(module.bias, std=0.2, generator=generator)
-    plain = plain.to(device).eval()
-    simulated, trained = copy.deepcopy(plain), copy.deepcopy(plain)
-    lists = bnn_vgg.CONFIGS["full"]
-    assert lists is not None
-    for name in lists[0]:
-        weight = simulated.get_submodule(name).weight
-        weight.data = signs(weight.data)
-    for name in lists[1]:
-        simulated.set_submodule(name, Sign())
-    quantizer = BNNQuantizer(trained, bnn_vgg.config_list("full"), torch.optim.SGD(trained.parameters(), lr=0.1))
-    return Network(plain, simulated.eval(), trained.eval(), quantizer.convert().eval())
-
-
-def channels_last(model: nn.Module) -> nn.Module:
-    """A copy of the VGG with its convolutions' weights in that format; its own ``view`` cannot take such images."""
-    features, classifier = (copy.deepcopy(model.get_submodule(name)) for name in ("features", "classifier"))
-    layers = nn.Sequential(features, nn.Flatten(), classifier).eval()
-    return layers.to(memory_format=torch.channels_last)  # type: ignore[no-any-return,call-overload]
-
-
-def vgg(name: str, width: float, device: torch.device) -> harness.Case:
-    """Inference of the whole network."""
-    made, batch = network(width, device), BATCHES[name]
-    x = normal(batch, 3, 32, 32, device=device, seed=0)
-    last = x.contiguous(memory_format=torch.channels_last)
-
-    def evaluated(model: nn.Module, images: Tensor) -> Step:
-        def step() -> Tensor:
-            with torch.no_grad():
-                return model(images)  # type: ignore[no-any-return]
-
-        return step
-
-    @functools.cache
-    def expected() -> Tensor:
-        return evaluated(made.simulated, x)()  # type: ignore[no-any-return]
-
-    def check(model: nn.Module) -> Check:
-        def compare(y: Tensor) -> harness.Verdict:
-            verdict, size = difference(y, expected()), megabytes(model)
-            text = f"{verdict.text}; state_dict {harness.figure(size)} MB"
-            return harness.Verdict(verdict.accepted, text, {"megabytes": size})
-
-        return compare
-
-    @functools.cache
-    def real() -> Tensor:
-        return evaluated(made.plain, x)()  # type: ignore[no-any-return]
-
-    def close(y: Tensor) -> harness.Verdict:
-        off = float((y - real()).norm() / real().norm())
-        size = megabytes(made.plain)
-        text = f"the float network, {off:.1g} off; state_dict {harness.figure(size)} MB"
-        return harness.Verdict(off < 1e-3, text, {"megabytes": size})
-
-    def optimized() -> Step:
-        on_cpu(x)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            frozen = torch.jit.freeze(torch.jit.trace(made.plain, x))  # type: ignore[no-untyped-call]
-            return evaluated(torch.jit.optimize_for_inference(frozen), x)
-
-    entries = Entries()
-    size = int(1e6 * megabytes(made.packed)) + x.nbytes  # every weight and every image once
-    entries.add_floor(size, device)
-    entries.add("quantkern", lambda: evaluated(made.packed, x), check(made.packed))
-    entries.add("quantkern channels_last", lambda: evaluated(made.packed, last), check(made.packed))
-    entries.add("float", lambda: evaluated(made.plain, x), close)
-    entries.add("float channels_last", lambda: evaluated(channels_last(made.plain), last), close)
-    entries.add("float torch.jit", optimized, close)
-    entries.add("simulation", lambda: evaluated(made.simulated, x), check(made.simulated))
-    entries.add("quantkern as trained", lambda: evaluated(made.trained, x), check(made.trained))
-    return entries.case("vgg", f"width {width:g}", name, batch, size, device)
 
 
 def cases(
@@ -646,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
         shown,
         options.seconds,
         options.plot,
-        peers.BINARY_DISTRIBUTIONS,
+        binary_peers.BINARY_DISTRIBUTIONS,
         floor="floor",
     )
     for title, columns, rows in (
@@ -654,7 +363,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("packing and memory", *report.packed_figures(results)),
     ):
         if rows:
-            harness.print_table(title, columns, rows, text_columns=2)
+            tables.print_table(title, columns, rows, text_columns=2)
 
 
 if __name__ == "__main__":

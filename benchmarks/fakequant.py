@@ -18,13 +18,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness
+from benchmarks import harness, tables
 from benchmarks.shapes import SHAPES, Shape
 
 try:
     import quantkern.functional as F
     from benchmarks import peers
-    from benchmarks.peers import ACTIVATION, EMA_DECAY, FAKE_QUANTIZE, OPERATIONS, WEIGHT, Adapter, Problem, Unsupported
+    from benchmarks.problems import (
+        ACTIVATION,
+        EMA_DECAY,
+        FAKE_QUANTIZE,
+        OPERATIONS,
+        WEIGHT,
+        Adapter,
+        Problem,
+        Unsupported,
+    )
     from quantkern import Backend, reference
     from quantkern.backend import has_native
 except ImportError as error:
@@ -274,17 +283,17 @@ def parser() -> argparse.ArgumentParser:
 def print_list(contestants: dict[str, Adapter]) -> None:
     """What there is to choose from."""
     rows = [[one.name, str(one), one.kind, str(one.channels), one.origin] for one in SHAPES.values()]
-    harness.print_table("shapes", ["name", "dimensions", "kind", "channels", "where"], rows, text_columns=5)
-    harness.print_table("operations", ["name", "what it does"], [list(one) for one in OPERATIONS.items()], 2)
+    tables.print_table("shapes", ["name", "dimensions", "kind", "channels", "where"], rows, text_columns=5)
+    tables.print_table("operations", ["name", "what it does"], [list(one) for one in OPERATIONS.items()], 2)
     about = [[name, (adapter.__doc__ or ours.__doc__ or "").splitlines()[0]] for name, adapter in contestants.items()]
-    harness.print_table("contestants", ["name", "what is called"], [["copy", "the floor: x.clone()"], *about], 2)
+    tables.print_table("contestants", ["name", "what is called"], [["copy", "the floor: x.clone()"], *about], 2)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
     options = parser().parse_args(arguments)
     if options.plot:
-        harness.require_matplotlib()
+        tables.require_matplotlib()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device here")
     if options.threads:

@@ -8,38 +8,29 @@ holds only its cases.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import gc
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import random
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from benchmarks.environment import environment
+from benchmarks.tables import plot, print_case, print_summary, require_matplotlib
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+
 
 SAMPLE_NS = 200_000
 """A sample shorter than this is mostly timer noise: short operations are repeated until one takes as long."""
-
 FLUSH_BYTES = 256 << 20
 """Written before every CUDA sample: several times any GPU's L2 cache, so that no contestant finds its data there."""
-
 HEAD_START_CYCLES = 1_000_000
 """The GPU idles this long (about 0.6 ms) before a CUDA sample, so that it never waits for the host to launch."""
 
@@ -300,112 +291,6 @@ def gradients(y: Tensor, inputs: Sequence[Tensor], above: Tensor, keep_graph: bo
     )
 
 
-def traced(run: Callable[[], T], memory: bool = True) -> tuple[T, list[dict[str, Any]]]:
-    """What ``run`` returns, and the events of torch's profiler: operators and, named "[memory]", tensors' memory."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler announces itself on every start
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=memory) as profile:
-        held = run()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        return held, json.loads(path.read_text())["traceEvents"]
-
-
-def allocated(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    """Bytes of tensors that one call of ``run`` allocates: at its peak, and still held when it has returned.
-
-    What it returns is held. Memory that is no tensor's (a kernel's own small arrays on the CPU) is not seen.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        held = run()
-        torch.cuda.synchronize()
-        figures = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
-        del held
-        return figures
-    held, trace = traced(run)
-    del held
-    events = [one for one in trace if one.get("name") == "[memory]"]
-    live: dict[int, int] = {}
-    peak = 0
-    for event in sorted(events, key=lambda one: one["ts"]):
-        address, size = event["args"]["Addr"], event["args"]["Bytes"]
-        if size > 0:
-            live[address] = size
-        else:
-            live.pop(address, None)  # what was there before is not counted, neither when it goes
-        peak = max(peak, sum(live.values()))
-    return peak, sum(live.values())
-
-
-# --- where and with what it ran
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
-
-
-def commit() -> dict[str, Any]:
-    """The commit that ran and whether the tree differs from it (results being written do not count)."""
-    changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
-    return {"hash": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
-
-
-def versions(distributions: Iterable[str] = ()) -> dict[str, str | None]:
-    """Versions of Python, torch and the named distributions; None: not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in distributions:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def environment(device: torch.device, distributions: Iterable[str] = ()) -> dict[str, Any]:
-    """Machine, versions, commit and date: what a reader needs to place the numbers."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine: dict[str, Any] = {
-        "system": platform.platform(),
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "cores_allowed": affinity,
-        "threads": torch.get_num_threads(),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine["gpu"] = properties.name
-        machine["gpu_capability"] = f"{properties.major}.{properties.minor}"
-        machine["gpu_memory_bytes"] = properties.total_memory
-        machine["cuda"] = torch.version.cuda
-    return {
-        "machine": machine,
-        "versions": versions(distributions),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-# --- what comes out
-
-
 def write_json(
     path: Path,
     benchmark: str,
@@ -434,152 +319,6 @@ def read_json(path: Path) -> tuple[dict[str, Any], list[Result], list[Excluded]]
         [Result(**one) for one in document["results"]],
         [Excluded(**one) for one in document["excluded"]],
     )
-
-
-def figure(value: float | None, suffix: str = "") -> str:
-    """Three significant digits.
-
-    >>> figure(0.012345), figure(12.345), figure(1234.5, "x"), figure(None)
-    ('0.0123', '12.3', '1234x', '-')
-    """
-    if value is None:
-        return "-"
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}{suffix}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{digits}f}{suffix}"
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
-    """A table, all but the first ``text_columns`` aligned right; drawn by rich where it is installed and it fits.
-
-    On a narrow terminal and in a file rich would cut the figures short, so there the table is plain.
-    """
-    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        console = None
-    else:
-        console = Console()
-    if console is None or not console.is_terminal or sum(widths) + 3 * len(widths) + 1 > console.width:
-        print(f"\n{title}")
-        for row in (columns, ["-" * width for width in widths], *rows):
-            cells = (
-                c.ljust(w) if i < text_columns else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            )
-            print("  ".join(cells).rstrip())
-        return
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < text_columns else "right", no_wrap=i == 0)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def print_case(case: Case, results: Sequence[Result], excluded: Sequence[Excluded]) -> None:
-    """All figures of one case."""
-    columns = [
-        "contestant",
-        "p20 ms",
-        "p50 ms",
-        "p80 ms",
-        "ns/element",
-        "GB/s",
-        "B/element",
-        f"x {case.floor}",
-        "x ours",
-        "check",
-    ]
-    rows = [
-        [
-            one.contestant,
-            *(figure(value) for value in (one.p20_ms, one.p50_ms, one.p80_ms, one.ns_per_element, one.gb_per_s)),
-            figure(one.bytes_per_element),
-            figure(one.to_floor),
-            figure(one.to_ours),
-            one.check,
-        ]
-        for one in sorted(results, key=lambda one: one.p50_ms)
-    ]
-    print_table(case.name, columns, rows)
-    for one in excluded:
-        print(f"  not timed: {one.contestant}: {one.reason}")
-    sys.stdout.flush()
-
-
-def print_summary(title: str, results: Sequence[Result], floor: str = "copy", ours: str = "quantkern") -> None:
-    """One row a case: the floor's and our time, ours over the floor, in bytes an element, and each peer's over ours."""
-    if not results:
-        print("nothing was timed")
-        return
-    cases: dict[str, dict[str, Result]] = {}
-    for result in results:
-        cases.setdefault(" ".join(result.labels.values()), {})[result.contestant] = result
-    peers = [name for name in dict.fromkeys(one.contestant for one in results) if name not in (floor, ours)]
-    columns = [*results[0].labels, f"{floor} ms", f"{ours} ms", f"{ours}/{floor}", "B/element"]
-    columns += [f"{name}/{ours}" for name in peers]
-    rows = []
-    for timed in cases.values():
-        labels = next(iter(timed.values())).labels
-        row = list(labels.values())
-        row += [figure(timed[name].p50_ms) if name in timed else "-" for name in (floor, ours)]
-        row.append(figure(timed[ours].to_floor) if ours in timed else "-")
-        row.append(figure(timed[ours].bytes_per_element) if ours in timed else "-")
-        row += [ratio(timed[name]) if name in timed else "-" for name in peers]
-        rows.append(row)
-    print_table(title, columns, rows, text_columns=len(results[0].labels))
-    for line in notes(results):
-        print(line)
-
-
-def ratio(result: Result) -> str:
-    """A contestant's time over ours, with a star where it computes something else."""
-    return figure(result.to_ours, "x") + ("*" if result.other_work else "")
-
-
-def notes(results: Iterable[Result]) -> list[str]:
-    """What the stars mean: one line for every contestant and difference."""
-    return list(dict.fromkeys(f"* {one.contestant}: {one.other_work}" for one in results if one.other_work))
-
-
-def require_matplotlib() -> ModuleType:
-    """matplotlib.pyplot, or an end with the command that installs it."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
-    return plt
-
-
-def plot(path: Path, title: str, results: Sequence[Result]) -> None:
-    """A bar chart of the medians on a logarithmic scale, one group a case; whiskers from p20 to p80."""
-    plt = require_matplotlib()
-    cases = list(dict.fromkeys(" ".join(one.labels.values()) for one in results))
-    names = list(dict.fromkeys(one.contestant for one in results))
-    height = 0.8 / max(len(names), 1)
-    chart, axes = plt.subplots(figsize=(10, 1.5 + len(cases) * max(0.5, 0.16 * len(names))))
-    for i, name in enumerate(names):
-        timed = {" ".join(one.labels.values()): one for one in results if one.contestant == name}
-        places = [j + (i - (len(names) - 1) / 2) * height for j, case in enumerate(cases) if case in timed]
-        chosen = [timed[case] for case in cases if case in timed]
-        whiskers = [[one.p50_ms - one.p20_ms for one in chosen], [one.p80_ms - one.p50_ms for one in chosen]]
-        axes.barh(places, [one.p50_ms for one in chosen], height, xerr=whiskers, label=name, color=f"C{i % 10}")
-    axes.set_yticks(range(len(cases)), cases)
-    axes.set_ylim(len(cases) - 0.5, -0.5)  # the first case on top
-    axes.set_xscale("log")
-    axes.set_xlabel("milliseconds (median; whiskers p20 to p80)")
-    axes.set_title(title)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    chart.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    chart.savefig(path, dpi=130)
-    plt.close(chart)
 
 
 def kernels_for(device: torch.device) -> str:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 import quantkern.functional as F
-from benchmarks import harness, peers
+from benchmarks import allocations, harness, peers, problems, tables
 from benchmarks.fakequant import DTYPES, GRANULARITIES, names_of
-from benchmarks.peers import DOREFA_ACTIVATION, DOREFA_WEIGHT, LSQ, Learner, Problem, Unsupported
+from benchmarks.problems import DOREFA_ACTIVATION, DOREFA_WEIGHT, LSQ, Learner, Problem, Unsupported
 from benchmarks.shapes import SHAPES, Shape
 from quantkern import reference
 
@@ -158,7 +158,7 @@ def aten(w: Work) -> Learner:
         step = lambda: torch._fake_quantize_learnable_per_channel_affine(  # noqa: E731
             w.x, w.scale, zero, axis, w.quant_min, w.quant_max, factor
         )
-    return Learner(step, w.inputs, departs=dict.fromkeys(("gradient", "scale"), peers.ROUNDS_FIRST))
+    return Learner(step, w.inputs, departs=dict.fromkeys(("gradient", "scale"), problems.ROUNDS_FIRST))
 
 
 BUILT_IN: dict[str, Contestant] = {
@@ -253,9 +253,9 @@ def traffic(contestant: Contestant, build: Callable[[], Work], counted: bool) ->
     learner = prepare(contestant, work)
     learner.step()  # whatever is set up on first use
     held: list[Tensor] = []
-    _, kept = harness.allocated(lambda: held.append(learner.step()), work.x.device)
+    _, kept = allocations.allocated(lambda: held.append(learner.step()), work.x.device)
     y = held[0]
-    peak, _ = harness.allocated(
+    peak, _ = allocations.allocated(
         lambda: harness.gradients(y, learner.inputs, work.above, keep_graph=True), work.x.device
     )
     figures = {"allocated_bytes": peak / y.numel(), "saved_bytes": (kept - y.nbytes) / y.numel()}
@@ -266,7 +266,7 @@ def check_backward(contestant: Contestant, build: Callable[[], Work], counted: b
     """As ``check``, and with what is allocated and moved."""
     verdict = check(contestant, build)
     moved = traffic(contestant, build, counted)
-    text = ", ".join(f"{name.removesuffix('_bytes')} {harness.figure(value)}" for name, value in moved.items())
+    text = ", ".join(f"{name.removesuffix('_bytes')} {tables.figure(value)}" for name, value in moved.items())
     return replace(verdict, text=f"{verdict.text}; B/element: {text}", figures={**verdict.figures, **moved})
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness
+from benchmarks import environment
 
 
 class BasicBlock(nn.Module):
@@ -127,7 +127,7 @@ class Transformer(nn.Module):
 
 def lenet() -> nn.Module:
     """The LeNet of the examples."""
-    examples = str(harness.ROOT / "examples")
+    examples = str(environment.ROOT / "examples")
     if examples not in sys.path:
         sys.path.append(examples)
     import models  # type: ignore[import-not-found]

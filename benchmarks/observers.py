@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization import observer as theirs
 
-from benchmarks import harness
+from benchmarks import harness, tables
 from benchmarks.fakequant import GRANULARITIES, names_of
 from quantkern import reference
 from quantkern.observers import Observer, ObserverSpec, make_observer
@@ -234,7 +234,7 @@ def print_errors(results: Sequence[harness.Result]) -> None:
         ratio = mine / peer if mine is not None and peer else None
         rows.append([*labels, *(f"{value:.4g}" if value is not None else "-" for value in (mine, peer, ratio))])
     columns = ["observer", "tensor", "per", "quantkern", "torch.ao", "ours / theirs"]
-    harness.print_table("mean squared error in parts of the variance", columns, rows, text_columns=3)
+    tables.print_table("mean squared error in parts of the variance", columns, rows, text_columns=3)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,98 +10,30 @@ of their own; where a library is known to compute something else, the ``Learner`
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
-import io
-import logging
-import os
-import subprocess
-import sys
-import tempfile
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.nni_peer import nni, nni_learner
+from benchmarks.problems import (
+    ACTIVATION,
+    DOREFA_ACTIVATION,
+    DOREFA_WEIGHT,
+    EMA_DECAY,
+    FAKE_QUANTIZE,
+    ROUNDS_FIRST,
+    WEIGHT,
+    Adapter,
+    Learner,
+    Problem,
+    Unsupported,
+    layer_for,
+    over_channels,
+)
 from quantkern import reference
-
-FAKE_QUANTIZE, WEIGHT, ACTIVATION = "fake_quantize", "weight", "activation"
-OPERATIONS = {
-    FAKE_QUANTIZE: "fake-quantize with a given scale and zero point",
-    WEIGHT: "min and max of the tensor, scale (symmetric, -127..127), fake-quantize",
-    ACTIVATION: "min and max, moving average (decay 0.99), scale and zero point (affine, 0..255), fake-quantize",
-}
-EMA_DECAY = 0.99
-
-LSQ, DOREFA_WEIGHT, DOREFA_ACTIVATION = "lsq", "dorefa_weight", "dorefa_activation"
-
-
-class Unsupported(Exception):
-    """The library has no operation for this problem."""
-
-
-@dataclass
-class Problem:
-    """The work: an operation on a tensor of its own, and the numbers that all contestants share.
-
-    x: the tensor, an nn.Parameter; its values may change between calls, the object does not.
-    scale, zero_point: of ``fake_quantize``; the other operations find their own.
-    axis: None quantizes per tensor.
-    """
-
-    operation: str
-    x: nn.Parameter
-    scale: Tensor
-    zero_point: Tensor
-    quant_min: int
-    quant_max: int
-    symmetric: bool
-    axis: int | None
-
-    @property
-    def channels(self) -> int:
-        """How many scales there are."""
-        return 1 if self.axis is None else self.x.shape[self.axis]
-
-    def state(self) -> dict[str, Tensor]:
-        """Fresh device state: range (nothing seen), scale and zero point, one value a channel."""
-        device = self.x.device
-        return {
-            "running_min": torch.full((self.channels,), torch.inf, device=device),
-            "running_max": torch.full((self.channels,), -torch.inf, device=device),
-            "scale": torch.ones(self.channels, device=device),
-            "zero_point": torch.zeros(self.channels, dtype=torch.int32, device=device),
-        }
-
-
-Adapter = Callable[[Problem], Callable[[], Tensor]]
-
-ROUNDS_FIRST = "clips the rounded value, so that gradient passes up to half a step outside the range"
-
-
-@dataclass(frozen=True)
-class Learner:
-    """A way to do an operation whose gradients count.
-
-    step: does it once and returns y.
-    inputs: what receives a gradient: x, then the scale where there is one, in the library's own form.
-    scale_factor: the library's gradient of its scale times this is that of ``quantkern.reference``.
-    departs: in what it is known to differ from the reference ("y", "gradient" of x, "scale": its gradient), and how.
-    """
-
-    step: Callable[[], Tensor]
-    inputs: tuple[Tensor, ...]
-    scale_factor: float = 1.0
-    departs: dict[str, str] = field(default_factory=dict)
-
-
-# --- the specification itself
 
 
 def reference_adapter(p: Problem) -> Callable[[], Tensor]:
@@ -151,9 +83,6 @@ def compiled(p: Problem) -> Callable[[], Tensor]:
     return lambda: step(p.x)
 
 
-# --- ATen
-
-
 def aten(p: Problem) -> Callable[[], Tensor]:
     """torch.fake_quantize_per_{tensor,channel}_affine."""
     if p.operation != FAKE_QUANTIZE:
@@ -191,24 +120,6 @@ def aten_fused(p: Problem) -> Callable[[], Tensor]:
     return lambda: step(p.x.movedim(axis, 0)).movedim(0, axis)
 
 
-# --- brevitas
-
-
-def _over_channels(parameter: Tensor, p: Problem) -> Tensor:
-    return reference.along_axis(parameter, p.x, p.axis)
-
-
-def _layer_for(x: Tensor) -> tuple[type[nn.Module], dict[str, Any], Tensor]:
-    """The class and arguments of the layer whose weight has x's shape, and an input it takes."""
-    if x.dim() == 4:
-        arguments = {"in_channels": x.shape[1], "out_channels": x.shape[0], "kernel_size": tuple(x.shape[2:])}
-        return nn.Conv2d, {**arguments, "bias": False}, x.new_zeros(1, *x.shape[1:])
-    if x.dim() == 2:
-        arguments = {"in_features": x.shape[1], "out_features": x.shape[0]}
-        return nn.Linear, {**arguments, "bias": False}, x.new_zeros(1, x.shape[1])
-    raise Unsupported(f"no layer has a weight of {x.dim()} dimensions")
-
-
 def brevitas(p: Problem) -> Callable[[], Tensor]:
     """brevitas: its IntQuant core for a given scale, QuantConv2d or QuantLinear's quant_weight() for weights."""
     import brevitas.nn as qnn  # type: ignore[import-not-found,import-untyped]
@@ -219,10 +130,10 @@ def brevitas(p: Problem) -> Callable[[], Tensor]:
         raise Unsupported("no quantization by a moving average of min and max (percentiles, then a learned parameter)")
     if p.operation == FAKE_QUANTIZE:
         core = IntQuant(narrow_range=p.quant_min == -127, signed=p.quant_min < 0, input_view_impl=nn.Identity())
-        scale, zero_point = _over_channels(p.scale, p), _over_channels(p.zero_point, p).float()
+        scale, zero_point = over_channels(p.scale, p), over_channels(p.zero_point, p).float()
         bits = torch.tensor(8.0, device=p.x.device)
         return lambda: core(scale, zero_point, bits, p.x)  # type: ignore[no-any-return]
-    plain, arguments, _ = _layer_for(p.x)
+    plain, arguments, _ = layer_for(p.x)
     layer_class = qnn.QuantConv2d if plain is nn.Conv2d else qnn.QuantLinear
     weight_quant = Int8WeightPerTensorFloat if p.axis is None else Int8WeightPerChannelFloat
     layer = layer_class(**arguments, weight_quant=weight_quant).to(p.x.device, p.x.dtype)
@@ -249,7 +160,7 @@ def brevitas_learner(p: Problem) -> Learner:
     bits = (p.quant_max - p.quant_min).bit_length()
     step: Callable[[], Tensor]
     if p.quant_min < 0:
-        plain, arguments, _ = _layer_for(p.x)
+        plain, arguments, _ = layer_for(p.x)
         layer = (qnn.QuantConv2d if plain is nn.Conv2d else qnn.QuantLinear)(
             **arguments,
             weight_quant=Int8WeightPerTensorFloat if p.axis is None else Int8WeightPerChannelFloat,
@@ -268,7 +179,7 @@ def brevitas_learner(p: Problem) -> Learner:
         if p.axis is not None:
             others = [i for i in range(p.x.dim()) if i != p.axis]
             arguments["scaling_per_output_type"] = ScalingPerOutputType.CHANNEL
-            arguments["per_channel_broadcastable_shape"] = tuple(_over_channels(p.scale, p).shape)
+            arguments["per_channel_broadcastable_shape"] = tuple(over_channels(p.scale, p).shape)
             arguments["scaling_stats_permute_dims"] = (p.axis, *others)
         identity = qnn.QuantIdentity(**arguments).to(p.x.device, p.x.dtype)
         quantizer = identity.act_quant.fused_activation_quant_proxy.tensor_quant
@@ -279,12 +190,9 @@ def brevitas_learner(p: Problem) -> Learner:
     end = float(max(-p.quant_min, p.quant_max))
     parameter = quantizer.scaling_impl.value
     with torch.no_grad():
-        parameter.copy_(_over_channels(p.scale, p) * end)
+        parameter.copy_(over_channels(p.scale, p) * end)
     factor = end * reference.lsq_grad_scale(p.x, p.quant_max, p.axis)
     return Learner(step, (p.x, parameter), factor, {"gradient": ROUNDS_FIRST, "scale": ROUNDS_FIRST})
-
-
-# --- torchao
 
 
 def torchao(p: Problem) -> Callable[[], Tensor]:
@@ -329,226 +237,17 @@ def torchao(p: Problem) -> Callable[[], Tensor]:
     return lambda: module(p.x)  # type: ignore[no-any-return]
 
 
-# --- NNI
-
-
-class _Holder(nn.Module):
-    """A model of one layer, with the parameter that NNI's constructor asks every model for."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.unused = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)  # type: ignore[no-any-return]
-
-
-def _nni_quantizer(
-    p: Problem, name: str, quantizes_weight: bool, bits: int, config: dict[str, Any] | None = None
-) -> tuple[Any, Any]:
-    """NNI's quantizer of that name around one layer with x as its weight or input, and NNI's names of quant_types."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        from nni.algorithms.compression.pytorch import quantization  # type: ignore[import-not-found,import-untyped]
-        from nni.compression.pytorch.quantization.literal import QuantType  # type: ignore[import-not-found,import-untyped]
-
-    for logger in ("nni", "schema"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    if quantizes_weight:
-        plain, arguments, dummy = _layer_for(p.x)
-        layer = plain(**arguments).to(p.x.device, p.x.dtype)
-    else:
-        layer, dummy = nn.ReLU(), p.x.detach()
-    model = _Holder(layer).to(p.x.device)
-    whole = {
-        "quant_types": ["weight" if quantizes_weight else "input"],
-        "quant_bits": bits,
-        "op_names": ["layer"],
-        **(config or {}),
-    }
-    more = {} if name == "DoReFaQuantizer" else {"dummy_input": dummy}
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        return getattr(quantization, name)(model, [whole], optimizer, **more), QuantType
-
-
-def nni(p: Problem) -> Callable[[], Tensor]:
-    """NNI: QAT_Quantizer's own gradient function, called as its wrapper calls it.
-
-    A given scale is its evaluation mode. Its step counter is moved on once, as its optimizer hook would.
-    """
-    if p.operation == ACTIVATION and p.axis not in (None, 1):
-        raise Unsupported("channels of activations are always dimension 1")
-    quantizes_weight = p.operation == WEIGHT
-    granularity, scheme = "per_tensor" if p.axis is None else "per_channel", "symmetric" if p.symmetric else "affine"
-    config = {
-        "quant_dtype": "int" if p.quant_min < 0 else "uint",
-        "quant_scheme": f"{granularity}_{scheme}",
-    }
-    quantizer, QuantType = _nni_quantizer(p, "QAT_Quantizer", quantizes_weight, 8, config)
-    (wrapper,) = quantizer.get_modules_wrapper()
-    module, steps = wrapper.module, quantizer.bound_model.steps
-    if quantizes_weight:
-
-        def weight() -> Tensor:
-            module.weight = p.x.data  # what the wrapper does before each call
-            return quantizer.quant_grad(p.x, QuantType.WEIGHT, wrapper, None)  # type: ignore[no-any-return]
-
-        return weight
-    if p.operation == FAKE_QUANTIZE:
-        wrapper.eval()
-        module.input_scale = _over_channels(p.scale, p)
-        module.input_zero_point = _over_channels(p.zero_point, p).float()
-        return lambda: quantizer.quant_grad(p.x, QuantType.INPUT, wrapper)  # type: ignore[no-any-return]
-    first = True
-
-    def activation() -> Tensor:
-        nonlocal first
-        y: Tensor = quantizer.quant_grad(p.x, QuantType.INPUT, wrapper)
-        if first:
-            steps.add_(1)
-            first = False
-        return y
-
-    return activation
-
-
-def nni_learner(p: Problem) -> Learner:
-    """NNI: LsqQuantizer and DoReFaQuantizer, called as their wrapper calls them, in training."""
-    if p.operation == DOREFA_ACTIVATION:
-        raise Unsupported("its DoReFaQuantizer quantizes weights only")
-    if p.axis is not None:
-        raise Unsupported("a learned scale is always per tensor")
-    bits, quantizes_weight = (p.quant_max - p.quant_min).bit_length(), p.operation == DOREFA_WEIGHT or p.quant_min < 0
-    name = "DoReFaQuantizer" if p.operation == DOREFA_WEIGHT else "LsqQuantizer"
-    quantizer, QuantType = _nni_quantizer(p, name, quantizes_weight, bits)
-    (wrapper,) = quantizer.get_modules_wrapper()
-    module = wrapper.module
-
-    def weight() -> Tensor:
-        module.weight = p.x.data  # what the wrapper does before each call
-        return quantizer.quant_grad(p.x, QuantType.WEIGHT, wrapper, None)  # type: ignore[no-any-return]
-
-    if p.operation == DOREFA_WEIGHT:
-        return Learner(weight, (p.x,), departs={"gradient": "the gradient skips tanh and the maximum"})
-    scale = module.weight_scale if quantizes_weight else module.input_scale
-    scale.data = p.scale.detach().clone()
-    if quantizes_weight:
-        return Learner(weight, (p.x, scale), departs={"gradient": "no gradient reaches the weight"})
-    quantizer.bound_model.steps.add_(1)  # the first step would choose the scale; its optimizer hook moves on
-    signed = "quantizes to the signed range whatever the input"
-    return Learner(
-        lambda: quantizer.quant_grad(p.x, QuantType.INPUT, wrapper),
-        (p.x, scale),
-        departs=dict.fromkeys(("y", "gradient", "scale"), signed),
-    )
-
-
-# --- binary networks
-
-PADS_WITH_MINUS_ONE = "pads with -1"
-
-
-def bitorch_linear(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    """bitorch-engine's C++ linear layer with packed weights; it packs real inputs itself.
-
-    Its PyPI release has the C++ sources in the source archive only, and builds them for ``setup.py develop``.
-    """
-    extension = _bitorch("binary_linear_cpp")
-    (m, k), n = x.shape, weight.shape[0]
-    if k % 32 or n % 32:
-        raise Unsupported("takes multiples of 32")
-    words = (weight >= 0).t().reshape(k // 32, 32, n).to(torch.int64) << torch.arange(32).view(1, 32, 1)
-    packed = words.sum(1).flatten()
-    return lambda: extension.forward(x, packed, m, n, k, False)  # type: ignore[no-any-return]
-
-
-def bitorch_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Callable[[], Tensor]:
-    """bitorch-engine's C++ convolution with packed weights; it packs real inputs itself, and pads with -1."""
-    extension = _bitorch("binary_conv_cpp")
-    outputs, channels, kernel, _ = weight.shape
-    if channels % 32:
-        raise Unsupported("takes multiples of 32")
-    words = (weight.reshape(-1, 32) >= 0).to(torch.int64) << torch.arange(32)
-    packed = words.sum(1)
-    edge = (x.shape[2] + 2 * padding - kernel) // stride + 1
-    return lambda: extension.forward(  # type: ignore[no-any-return]
-        x, packed, outputs, edge * edge, channels * kernel * kernel, kernel, stride, padding, 1, edge, False
-    )
-
-
-def _bitorch(name: str) -> Any:
-    try:
-        return importlib.import_module(f"bitorch_engine.extensions.{name}")
-    except ImportError as error:
-        raise Unsupported(
-            f"{error}: its source archive on PyPI builds it (BIE_BUILD_ONLY=... python setup.py develop)"
-        ) from None
-
-
-LARQ_CONVERTER = """
-import sys
-import larq, larq_compute_engine, numpy, tensorflow
-folder, batch, height, width, channels, stride = sys.argv[1], *map(int, sys.argv[2:])
-weight = numpy.load(folder + "/weight.npy")
-layer = larq.layers.QuantConv2D(
-    weight.shape[-1], weight.shape[0], strides=stride, padding="same", pad_values=0.0,
-    input_quantizer="ste_sign", kernel_quantizer="ste_sign", use_bias=False,
-)
-images = tensorflow.keras.layers.Input((height, width, channels), batch_size=batch)
-model = tensorflow.keras.Sequential([images, layer])
-layer.set_weights([weight])
-open(folder + "/model.tflite", "wb").write(larq_compute_engine.convert_keras_model(model))
-"""
-"""Builds and converts a model of one layer. A process of its own: TensorFlow's LLVM and Triton's cannot share one."""
-
-
-def larq_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, threads: int) -> Callable[[], Tensor]:
-    """Larq compute engine with its indirect kernel, the fastest it has off ARM; inputs and outputs are numpy's, NHWC.
-
-    Off ARM it runs portable kernels and says that they are not made for speed.
-    """
-    package = importlib.util.find_spec("larq_compute_engine")
-    if package is None or not package.submodule_search_locations:
-        raise Unsupported("is not installed: pip install 'numpy<2' tensorflow-cpu tf_keras larq larq-compute-engine")
-    kernel = weight.shape[2]
-    if stride != 1 or padding != (kernel - 1) // 2:
-        raise Unsupported("pads as TensorFlow does")
-    batch, channels, height, width = x.shape
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder) / "weight.npy", weight.permute(2, 3, 1, 0).contiguous().numpy())
-        sizes = map(str, (batch, height, width, channels, stride))
-        converted = subprocess.run(
-            [sys.executable, "-c", LARQ_CONVERTER, folder, *sizes],
-            env={**os.environ, "TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"},
-            capture_output=True,
-            text=True,
-        )
-        if converted.returncode:
-            raise Unsupported(f"conversion failed: {converted.stderr.strip().splitlines()[-1]}")
-        model = (Path(folder) / "model.tflite").read_bytes()
-    found = Path(package.submodule_search_locations[0]) / "tflite/python/interpreter_wrapper_lite.so"
-    spec = importlib.util.spec_from_file_location("interpreter_wrapper_lite", found)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)  # without the package, whose first line imports TensorFlow
-    spec.loader.exec_module(module)
-    interpreter = module.LiteInterpreter(model, threads, False, True, False)
-    images = [x.permute(0, 2, 3, 1).contiguous().numpy()]
-    return lambda: torch.from_numpy(interpreter.predict(images)[0]).permute(0, 3, 1, 2)
-
-
-BINARY_DISTRIBUTIONS = ("numpy", "bitorch-engine", "larq", "larq-compute-engine", "tensorflow-cpu")
-"""Packages whose versions belong in the results of benchmarks.bnn."""
-
 BUILT_IN: dict[str, Adapter] = {"aten": aten, "aten-fused": aten_fused, "torch.compile": compiled}
 """Contestants that come with torch."""
+
 
 INSTALLABLE: dict[str, Adapter] = {"brevitas": brevitas, "torchao": torchao, "nni": nni}
 """Contestants that are packages of their own: ``pip install '.[peers]'``. The names are those of the modules."""
 
+
 LEARNERS: dict[str, Callable[[Problem], Learner]] = {"brevitas": brevitas_learner, "nni": nni_learner}
 """The installable contestants of benchmarks.lsq."""
+
 
 DISTRIBUTIONS = ("triton", "numpy", *INSTALLABLE)
 """Packages whose versions belong in the results."""

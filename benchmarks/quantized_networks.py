@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.networks import Network
-from benchmarks.peers import Unsupported
+from benchmarks.problems import Unsupported
 from quantkern import LsqQuantizer, QAT_Quantizer
 
 LEARNING_RATE, MOMENTUM = 0.01, 0.9

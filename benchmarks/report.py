@@ -8,19 +8,16 @@ Between ``<!-- table: NAME -->`` (or ``accuracy``, ``ptq``, ``deployed``) and ``
 
 from __future__ import annotations
 
-import json
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import environment, harness, tables
+from benchmarks.example_tables import accuracy, calibrated, deployed
 
-README = harness.ROOT / "README.md"
-
+README = environment.ROOT / "README.md"
 SHAPES = ("act-64x56", "weight-512", "weight-64", "tiny-16")
 """The shapes of the table: a large activation, a large and a small weight, the cost of a call."""
-
 SHOWN = {
     "aten": "ATen",
     "aten-fused": "ATen fused observer",
@@ -56,10 +53,10 @@ def table(name: str) -> str:
     rows.append("|---" * (len(heads) + len(peers)) + "|")
     for case, timed in cases.items():
         ours = timed["quantkern"]
-        cells = [ours.labels["operation"], ours.labels["shape"], ours.labels["per"], harness.figure(ours.to_floor)]
+        cells = [ours.labels["operation"], ours.labels["shape"], ours.labels["per"], tables.figure(ours.to_floor)]
         if backward:
             cells.append(moved(backward[case]) if case in backward else "")
-        cells += [harness.ratio(timed[peer]) if peer in timed else "" for peer in peers]
+        cells += [tables.ratio(timed[peer]) if peer in timed else "" for peer in peers]
         rows.append("| " + " | ".join(cells) + " |")
     machine, versions = document["machine"], document["versions"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
@@ -72,7 +69,7 @@ def table(name: str) -> str:
         f"alone: benchmarks/results/{name}.json."
     )
     if backward:
-        floor = harness.figure(next(iter(backward.values())).floor_bytes_per_element)
+        floor = tables.figure(next(iter(backward.values())).floor_bytes_per_element)
         told += (
             f" *Our backward* alone, in bytes an element; no backward moves fewer than {floor}. First its time: the "
             f"bytes that adding x and the gradient, which moves {floor}, would have moved in it (fewer: it "
@@ -81,7 +78,7 @@ def table(name: str) -> str:
         )
     stars = [
         line.replace("* ", "\\* ", 1)
-        for line in harness.notes(one for timed in cases.values() for one in timed.values())
+        for line in tables.notes(one for timed in cases.values() for one in timed.values())
     ]
     return "\n".join([told, "", *rows, *(["", "<br>\n".join(stars)] if stars else [])]) + "\n"
 
@@ -89,8 +86,8 @@ def table(name: str) -> str:
 def moved(result: harness.Result) -> str:
     """Bytes an element that our backward's time stands for, and those counted."""
     counted = result.figures.get("counted_bytes")
-    by_time = f"{harness.figure(result.bytes_per_element)} B"
-    return by_time if counted is None else f"{by_time}; {harness.figure(counted)} B"
+    by_time = f"{tables.figure(result.bytes_per_element)} B"
+    return by_time if counted is None else f"{by_time}; {tables.figure(counted)} B"
 
 
 BINARY_SHOWN = {
@@ -99,6 +96,7 @@ BINARY_SHOWN = {
     "quantkern sign": "ours, packed signs out",
 }
 """Our forms in the table of binary networks, over float."""
+
 
 BINARY_PEERS = ("int8 torch._int_mm", "int8 onednn", "bitorch-engine", "larq")
 """The peers of that table."""
@@ -132,9 +130,9 @@ def speedups(results: Sequence[harness.Result]) -> tuple[list[str], list[list[st
         assert fastest is not None
         row = [operation, shape, fastest.contestant]
         row += [
-            harness.figure(fastest.p50_ms / timed[form].p50_ms, "x") if form in timed else "" for form in BINARY_SHOWN
+            tables.figure(fastest.p50_ms / timed[form].p50_ms, "x") if form in timed else "" for form in BINARY_SHOWN
         ]
-        rows.append(row + [harness.ratio(timed[peer]) if peer in timed else "" for peer in present])
+        rows.append(row + [tables.ratio(timed[peer]) if peer in timed else "" for peer in present])
     return [*columns, *present], rows
 
 
@@ -147,8 +145,8 @@ def packed_figures(results: Sequence[harness.Result]) -> tuple[list[str], list[l
             continue
         if operation == "pack_signs":
             copied = timed.get("copy")
-            copying = f"copying {harness.figure(copied.to_floor, 'x')}" if copied else ""
-            rows.append([f"time of pack_signs over reading {shape}", "", copying, harness.figure(ours.to_floor, "x")])
+            copying = f"copying {tables.figure(copied.to_floor, 'x')}" if copied else ""
+            rows.append([f"time of pack_signs over reading {shape}", "", copying, tables.figure(ours.to_floor, "x")])
             continue
         key, unit, what = {
             "training": ("saved_bytes", 1e6, f"MB kept for the backward, {shape}, the float layer's over ours"),
@@ -157,15 +155,9 @@ def packed_figures(results: Sequence[harness.Result]) -> tuple[list[str], list[l
         other = timed.get("float layer" if operation == "training" else "float")
         if key and other:
             mine, theirs = ours.figures[key] / unit, other.figures[key] / unit
-            numbers = (harness.figure(mine), harness.figure(theirs), harness.figure(theirs / mine, "x"))
+            numbers = (tables.figure(mine), tables.figure(theirs), tables.figure(theirs / mine, "x"))
             rows.append([what, *numbers])
     return ["figure", "ours", "other", "ratio"], rows
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a markdown table."""
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def binary_table(name: str, document: dict[str, Any], results: Sequence[harness.Result]) -> str:
@@ -181,11 +173,11 @@ def binary_table(name: str, document: dict[str, Any], results: Sequence[harness.
         "of interleaved runs in one process; every binary result was first found equal to that of +-1 in floats. "
         f"All contestants: benchmarks/results/{name}.json."
     )
-    parts = [told, "", *markdown(*speedups(results))]
+    parts = [told, "", *tables.markdown(*speedups(results))]
     columns, rows = packed_figures(results)
     if rows:
-        parts += ["", *markdown(columns, rows)]
-    stars = [line.replace("* ", "\\* ", 1) for line in harness.notes(results)]
+        parts += ["", *tables.markdown(columns, rows)]
+    stars = [line.replace("* ", "\\* ", 1) for line in tables.notes(results)]
     return "\n".join([*parts, *(["", "<br>\n".join(stars)] if stars else [])]) + "\n"
 
 
@@ -196,10 +188,10 @@ def step_figures(results: Sequence[harness.Result]) -> tuple[list[str], list[lis
     rows = []
     for one in results:
         peak, kept = one.figures["peak_bytes"], one.figures["saved_bytes"]
-        more = harness.figure(peak / plain.figures["peak_bytes"]) if plain else "-"
-        cells = [harness.figure(value) for value in (one.p20_ms, one.p50_ms)]
-        cells += [precise(one.to_floor), precise(one.round_to_floor), harness.figure(peak / 1e6), more]
-        cells += [harness.figure(kept / 1e6), f"{one.figures['operator_calls']:.0f}"]
+        more = tables.figure(peak / plain.figures["peak_bytes"]) if plain else "-"
+        cells = [tables.figure(value) for value in (one.p20_ms, one.p50_ms)]
+        cells += [precise(one.to_floor), precise(one.round_to_floor), tables.figure(peak / 1e6), more]
+        cells += [tables.figure(kept / 1e6), f"{one.figures['operator_calls']:.0f}"]
         rows.append([one.contestant + ("*" if one.other_work else ""), *cells])
     return columns, rows
 
@@ -263,74 +255,20 @@ def step_table(name: str, document: dict[str, Any], results: Sequence[harness.Re
         return f"{one.figures['peak_bytes'] / plain.figures['peak_bytes']:.2f}x"
 
     def kept(one: harness.Result) -> str:
-        return harness.figure(one.figures["saved_bytes"] / 1e6)
+        return tables.figure(one.figures["saved_bytes"] / 1e6)
 
     parts = [told]
     for heads, table_rows in (
-        (["time of a step", "float, ms"], rows(time, lambda one: harness.figure(one.p50_ms))),
+        (["time of a step", "float, ms"], rows(time, lambda one: tables.figure(one.p50_ms))),
         (
             ["peak memory", "float, MB"],
-            rows(memory, lambda one: harness.figure(one.figures["peak_bytes"] / 1e6)),
+            rows(memory, lambda one: tables.figure(one.figures["peak_bytes"] / 1e6)),
         ),
         (["kept for the backward, MB", "float"], rows(lambda one, _: kept(one), kept)),
     ):
-        parts += ["", *markdown([*heads, *titles], table_rows)]
-    stars = [line.replace("* ", "\\* ", 1) for line in harness.notes(results)]
+        parts += ["", *tables.markdown([*heads, *titles], table_rows)]
+    stars = [line.replace("* ", "\\* ", 1) for line in tables.notes(results)]
     return "\n".join([*parts, *(["", "<br>\n".join(stars)] if stars else [])]) + "\n"
-
-
-def accuracy(name: str) -> str:
-    """The markdown table of an example's runs."""
-    document = json.loads((harness.RESULTS / f"{name}.json").read_text())
-    scores: dict[str, list[float]] = {}
-    times: dict[str, list[float]] = {}
-    for run in document["runs"]:
-        scores.setdefault(run["recipe"], []).append(run["accuracy"])
-        times.setdefault(run["recipe"], []).append(run["ms_per_step"])
-    means = {recipe: sum(values) / len(values) for recipe, values in scores.items()}
-    steps = {recipe: statistics.median(values) for recipe, values in times.items()}
-    settings, machine = document["settings"], document["machine"]
-    told = (
-        f"Test accuracy on {document['data']}, {document['train_images']} training images, every recipe from scratch: "
-        f"{settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['seeds']} seed(s); "
-        f"{machine['cpu']}, {machine['threads']} threads, torch {document['versions']['torch']}, commit "
-        f"{document['commit']['hash'][:10]}, {document['date'][:10]}. Recipes: examples/recipes.py."
-    )
-    rows = ["| recipe | accuracy % | +- | points from float | step, median of seeds |", "|---|---|---|---|---|"]
-    for recipe, mean in means.items():
-        spread = f"{statistics.stdev(scores[recipe]):.2f}" if len(scores[recipe]) > 1 else "-"
-        against = f"{mean - means['float']:+.2f} | {steps[recipe] / steps['float']:.2f}x float"
-        rows.append(f"| {recipe} | {mean:.2f} | {spread} | {against} |")
-    return told + "\n\n" + "\n".join(rows) + "\n"
-
-
-def calibrated(name: str) -> str:
-    """The markdown table of examples/ptq.py's runs: a row an observer, two columns a number of bits."""
-    document = json.loads((harness.RESULTS / f"{name}.json").read_text())
-    settings, machine, runs = document["settings"], document["machine"], document["runs"]
-
-    def mean(key: str, observer: str, bits: int) -> float:
-        return statistics.fmean(run[key] for run in runs if (run["observer"], run["bits"]) == (observer, bits))
-
-    level = mean("accuracy", "float", 32)
-    told = (
-        f"Post-training quantization of a trained float model ({level:.2f} %) on {document['data']}: "
-        f"{document['test_images']} test images, {settings['calibration']} training images observed, weights, inputs "
-        f"and activations quantized, means of {settings['seeds']} seed(s); {machine['cpu']}, {machine['threads']} "
-        f"threads, torch {document['versions']['torch']}, commit {document['commit']['hash'][:10]}, "
-        f"{document['date'][:10]}. First accuracy in points from float, then the scores' mean squared error in "
-        "thousandths of their variance."
-    )
-    rows = []
-    for observer in settings["observers"]:
-        row = [observer]
-        for bits in settings["bits"]:
-            points = round(mean("accuracy", observer, bits) - level, 2) + 0.0  # no -0.00
-            row.append(f"{points:+.2f}")
-            row.append(harness.figure(1000 * mean("error", observer, bits)))
-        rows.append(row)
-    heads = [f"{bits} bits{what}" for bits in settings["bits"] for what in ("", ", error")]
-    return "\n".join([told, "", *markdown(["observer", *heads], rows)]) + "\n"
 
 
 def observer_table(document: dict[str, Any], results: Sequence[harness.Result]) -> str:
@@ -347,7 +285,7 @@ def observer_table(document: dict[str, Any], results: Sequence[harness.Result]) 
         )
         ratio = (theirs.p50_ms + their_search.p50_ms) / (ours.p50_ms + our_search.p50_ms)
         error = ours.figures["error"] / theirs.figures["error"]
-        rows.append([observer, tensor, per, f"{harness.figure(ratio)}x", harness.figure(error)])
+        rows.append([observer, tensor, per, f"{tables.figure(ratio)}x", tables.figure(error)])
     told = (
         f"Calibration on {document['machine']['cpu']}, {document['machine']['threads']} thread(s), torch "
         f"{document['versions']['torch']}, commit {document['commit']['hash'][:10]}, {document['date'][:10]}: how many "
@@ -355,32 +293,7 @@ def observer_table(document: dict[str, Any], results: Sequence[harness.Result]) 
         "our squared quantization error over its."
     )
     heads = ["observer", "tensor", "per", "times as fast", "error over torch.ao's"]
-    return "\n".join([told, "", *markdown(heads, rows)]) + "\n"
-
-
-def deployed(name: str) -> str:
-    """What examples/deploy.py found, in two tables."""
-    document = json.loads((harness.RESULTS / f"{name}.json").read_text())
-    found, machine = document["outcome"], document["machine"]
-    told = (
-        f"onnxruntime on the exported int8 file against the simulated model, {document['data']}, "
-        f"{document['test_images']} test images; {machine['cpu']}, {machine['threads']} threads, torch "
-        f"{document['versions']['torch']}, commit {document['commit']['hash'][:10]}, {document['date'][:10]}."
-    )
-    facts = [
-        [
-            "accuracy: float, simulated, onnxruntime",
-            " / ".join(f"{found[f'{who}_accuracy']:.2f} %" for who in ("float", "simulated", "onnxruntime")),
-        ],
-        ["same class", f"{found['same_top1_percent']:.2f} %"],
-        ["difference of the scores in steps: mean, largest", f"{found['mean_steps']:.4f}, {found['max_steps']:.2f}"],
-        ["kB: float32, int8", f"{found['float_bytes'] / 1000:.0f}, {found['int8_bytes'] / 1000:.0f}"],
-    ]
-    for one in document["latency"]:
-        times = f"{one['float_ms']:.3f}, {one['int8_ms']:.3f} ({one['times_faster']:.2f}x)"
-        what = f"ms for a batch of {one['batch']} on {one['threads']} thread(s): float32, int8"
-        facts.append([what, times])
-    return "\n".join([told, "", *markdown(["", ""], facts)]) + "\n"
+    return "\n".join([told, "", *tables.markdown(heads, rows)]) + "\n"
 
 
 WRITERS = {"table": table, "accuracy": accuracy, "ptq": calibrated, "deployed": deployed}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness
+from benchmarks import allocations
 from benchmarks.quantized_networks import Trainee, train_step
 
 STEP, FORWARD = "benchmarks.step", "benchmarks.forward"
@@ -100,7 +100,7 @@ def measure(build: Callable[[], Trainee], batches: Batches, device: torch.device
             sizes.append(torch.cuda.max_memory_allocated(device) - base)
         return trainee, losses, sizes
 
-    (trainee, losses, sizes), events = harness.traced(whole)
+    (trainee, losses, sizes), events = allocations.traced(whole)
     begin, end = window(events, STEP)
     if device.type != "cuda":
         timeline = bytes_over_time(events)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness
+from benchmarks import allocations, harness, tables
 from benchmarks.networks import Network
 from benchmarks.quantized_networks import Build, Trainee, train_step
 from benchmarks.step_memory import STEP, WARM_STEPS, window
@@ -131,7 +131,7 @@ def operator_times(run: Callable[[], object]) -> dict[str, tuple[int, float]]:
         with torch.profiler.record_function(STEP):
             run()
 
-    _, events = harness.traced(marked, memory=False)
+    _, events = allocations.traced(marked, memory=False)
     begin, end = window(events, STEP)
     found: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     open_: list[tuple[float, str, list[float]]] = []
@@ -174,7 +174,7 @@ def by_tensor(spans: dict[str, Span], step_ms: float, bandwidth: float) -> tuple
         total = forward + backward
         floor = moved / bandwidth * 1e3
         cells = [forward, backward, 100 * total / step_ms, moved / total / 1e6 if total else 0.0]
-        return [*head, *(harness.figure(cell) for cell in cells), harness.figure(total / floor if floor else None)]
+        return [*head, *(tables.figure(cell) for cell in cells), tables.figure(total / floor if floor else None)]
 
     ordered = sorted(spans.values(), key=lambda one: -one.forward_ms - one.backward_ms)
     rows = [row([one.label.rpartition(".")[0], one.kind, one.shape], [one]) for one in ordered]
@@ -198,7 +198,7 @@ def by_operator(
         (calls, ms), (own_calls, own_ms) = plain.get(name, none), quantized.get(name, none)
         short = name.removeprefix("autograd::engine::evaluate_function: ")
         label = f"engine: {short}" if short != name else name
-        rows.append([label, str(calls), harness.figure(ms), str(own_calls), harness.figure(own_ms)])
+        rows.append([label, str(calls), tables.figure(ms), str(own_calls), tables.figure(own_ms)])
         rows[-1].append(f"{differences[name]:+.3f}")
     return ["operator", "float calls", "ms", "quantized calls", "ms", "difference"], rows
 
@@ -232,7 +232,7 @@ def show(
                 kept.forward += span.forward
                 kept.backward += span.backward
     float_ms, own_ms = (harness.percentile(samples[kind], 50) for kind in ("float", name))
-    harness.print_table(
+    tables.print_table(
         f"{network.name}, batch {network.batch}: {name}, {steps} steps, copying at {bandwidth / 1e9:.1f} GB/s",
         *by_tensor(spans, own_ms, bandwidth),
         text_columns=3,
@@ -249,5 +249,5 @@ def show(
         return medians_of_times([operator_times(lambda: train_step(which, batches)) for _ in range(min(steps, 5))])
 
     title = f"{network.name}: own time of operators under the profiler, {name} against float, ms"
-    harness.print_table(title, *by_operator(profiled(plain), profiled(trainee)))
+    tables.print_table(title, *by_operator(profiled(plain), profiled(trainee)))
     return spans

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, peers, report, step_profile
+from benchmarks import harness, peers, report, step_profile, tables
 from benchmarks.fakequant import names_of
 from benchmarks.networks import NETWORKS, Network
-from benchmarks.peers import Unsupported
+from benchmarks.problems import Unsupported
 from benchmarks.quantized_networks import BUILT_IN, COMPILED, INSTALLABLE, Build, Trainee, train_step
 from benchmarks.step_memory import measure, weights_without_gradient
 
@@ -124,8 +124,8 @@ def show(case: harness.Case, results: Sequence[harness.Result], excluded: Sequen
     title = f"{case.labels['network']}, batch {case.labels['batch']}"
     if case.labels["micro-batches"] != "1":
         title += f", {case.labels['micro-batches']} micro-batches a step"
-    harness.print_table(title, *report.step_figures(results))
-    for line in harness.notes(results):
+    tables.print_table(title, *report.step_figures(results))
+    for line in tables.notes(results):
         print(line)
     for one in excluded:
         print(f"  not timed: {one.contestant}: {one.reason}")

@@ -158,9 +158,9 @@ def megabytes(model: nn.Module) -> float:
 def environment(device: torch.device) -> dict[str, object]:
     """Machine, versions and commit."""
     sys.path.append(str(Path(__file__).resolve().parents[1]))
-    from benchmarks import harness
+    from benchmarks import environment
 
-    return harness.environment(device, ["quantkern"])
+    return environment.environment(device, ["quantkern"])
 
 
 def load(options: argparse.Namespace) -> data.Dataset:

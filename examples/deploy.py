@@ -195,12 +195,12 @@ def write_json(
 ) -> None:
     """The outcome, and where and with what it was made."""
     sys.path.append(str(Path(__file__).resolve().parents[1]))
-    from benchmarks import harness
+    from benchmarks import environment
 
     document = {
         "data": images.name,
         "test_images": len(images.test_labels),
-        **harness.environment(torch.device("cpu"), ["quantkern", "onnx", "onnxscript", "onnxruntime"]),
+        **environment.environment(torch.device("cpu"), ["quantkern", "onnx", "onnxscript", "onnxruntime"]),
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()},
         "outcome": asdict(outcome),
         "latency": [{**asdict(one), "times_faster": one.ratio} for one in times],

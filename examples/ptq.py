@@ -195,13 +195,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def write_json(path: Path, images: data.Dataset, options: argparse.Namespace, runs: Sequence[Run]) -> None:
     """The runs, and where and with what they were made."""
     sys.path.append(str(Path(__file__).resolve().parents[1]))
-    from benchmarks import harness
+    from benchmarks import environment
 
     document = {
         "data": images.name,
         "train_images": len(images.train_labels),
         "test_images": len(images.test_labels),
-        **harness.environment(torch.device("cpu"), ["quantkern"]),
+        **environment.environment(torch.device("cpu"), ["quantkern"]),
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()},
         "runs": [asdict(run) for run in runs],
     }

@@ -141,14 +141,14 @@ def table(runs: Sequence[Run]) -> str:
 def write_json(path: Path, data: Dataset, settings: dict[str, object], runs: Sequence[Run]) -> None:
     """The runs, and where and with what they were made."""
     sys.path.append(str(Path(__file__).resolve().parents[1]))
-    from benchmarks import harness
+    from benchmarks import environment
 
     shown = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     document = {
         "data": data.name,
         "train_images": len(data.train_labels),
         "test_images": len(data.test_labels),
-        **harness.environment(torch.device("cpu"), ["quantkern"]),
+        **environment.environment(torch.device("cpu"), ["quantkern"]),
         "settings": shown,
         "runs": [asdict(run) for run in runs],
     }

@@ -8,7 +8,7 @@ from torch import Tensor
 from quantkern import reference
 from quantkern import triton as triton_twins
 from quantkern.backend import Backend, resolve
-from quantkern.binary import check_real
+from quantkern.binary.checks import check_real
 from quantkern.triton_autograd import run_triton
 
 _CLIP_ACTIVATION = torch.ops.quantkern.clip_activation.default

@@ -14,7 +14,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that the installed quantkern is the one tested
 
-from benchmarks import harness  # noqa: E402
+from benchmarks import allocations, environment, harness, tables  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -113,9 +113,9 @@ def test_a_contestant_that_does_other_work_is_timed_and_starred(
     everyone = [contestant("copy"), contestant("quantkern"), contestant("peer", lambda: verdict)]
     ((_, results, _),) = harness.interleave([case(*everyone)], seconds=0, min_rounds=2)
     assert [one.other_work for one in results] == ["", "", "rounds down"]
-    assert [harness.ratio(one) for one in results[1:]] == ["1.00x", "1.00x*"]
-    assert harness.notes(results + results) == ["* peer: rounds down"]
-    harness.print_summary("title", results)
+    assert [tables.ratio(one) for one in results[1:]] == ["1.00x", "1.00x*"]
+    assert tables.notes(results + results) == ["* peer: rounds down"]
+    tables.print_summary("title", results)
     printed = capsys.readouterr().out
     assert "1.00x*" in printed and printed.endswith("* peer: rounds down\n")
 
@@ -132,7 +132,7 @@ def test_allocated_bytes_are_those_of_tensors_at_the_peak_and_at_the_end() -> No
 
     before = [torch.zeros(50_000)]  # that it is freed meanwhile is no part of the figures
     run()
-    peak, kept = harness.allocated(run_and_drop, CPU)
+    peak, kept = allocations.allocated(run_and_drop, CPU)
     assert 400_000 <= peak < 401_000  # the repeated tensor and the sum, and scalars
     assert kept == 4_000
 
@@ -157,7 +157,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
     result = harness.Result({"a": "b"}, "copy", 7, 3, 0.1, 0.2, 0.3, 4.0, 5.0, 1.0, None, "equal", {"max_steps": 0.0})
     excluded = harness.Excluded({"a": "b"}, "peer", "why")
     path = tmp_path / "folder" / "out.json"
-    where = harness.environment(CPU, ["numpy", "no-such-distribution"])
+    where = environment.environment(CPU, ["numpy", "no-such-distribution"])
     harness.write_json(path, "test", where, {"seconds": 1}, [result], [excluded])
     document, results, exclusions = harness.read_json(path)
     assert (results, exclusions) == ([result], [excluded])
@@ -173,5 +173,5 @@ def test_plot_draws_a_file(tmp_path: Path) -> None:
         harness.Result({"op": "a"}, name, 7, 1, ms * 0.9, ms, ms * 1.2, 1.0, 1.0, None, None, "", {})
         for name, ms in (("copy", 0.1), ("quantkern", 0.2))
     ]
-    harness.plot(tmp_path / "chart.png", "title", results)
+    tables.plot(tmp_path / "chart.png", "title", results)
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that the installed quantkern is the one tested
 
-from benchmarks import bnn, harness, peers, report  # noqa: E402
+from benchmarks import binary_contestants, binary_networks, binary_peers, bnn, harness, problems, report  # noqa: E402
 from benchmarks.shapes import CONVOLUTIONS, Convolution, Product, Shape  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -33,14 +33,14 @@ def small_cases() -> Iterator[harness.Case]:
     yield bnn.packing(Shape("rows", (6, 64), "activation", 1, "a test"), CPU)
     yield bnn.packing(Shape("nhwc", (2, 32, 5, 6), "activation", 1, "a test", channels_last=True), CPU)
     yield bnn.training(TRAINED, CPU)
-    yield bnn.vgg("batch-1", 0.125, CPU)
+    yield binary_networks.vgg("batch-1", 0.125, CPU)
 
 
 def test_every_contestant_is_right_and_ours_are_equal_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_: object) -> object:
-        raise peers.Unsupported("is not asked")
+        raise problems.Unsupported("is not asked")
 
-    monkeypatch.setattr(peers, "larq_conv2d", absent)  # its conversion takes ten seconds a case
+    monkeypatch.setattr(binary_peers, "larq_conv2d", absent)  # its conversion takes ten seconds a case
     expected = {
         "matmul": {"quantkern", "quantkern packed", "quantkern not arranged", "float x@w.T", "float w@x.T"},
         "linear": {"quantkern", "quantkern packed", "quantkern sign"},
@@ -70,14 +70,14 @@ def test_every_contestant_is_right_and_ours_are_equal_to_the_last_bit(monkeypatc
 
 def test_differences_are_found() -> None:
     right = torch.tensor([[3.0, -1.0], [1.0, 5.0]])
-    assert bnn.difference(right.to(torch.int32), right).accepted
-    wrong = bnn.difference(right + torch.tensor([[0.0, 0.0], [0.0, 2.0]]), right)
+    assert binary_contestants.difference(right.to(torch.int32), right).accepted
+    wrong = binary_contestants.difference(right + torch.tensor([[0.0, 0.0], [0.0, 2.0]]), right)
     assert not wrong.accepted and "0.25 of all differ" in wrong.text
-    assert not bnn.difference(right[:1], right).accepted
-    assert not bnn.difference(torch.full_like(right, torch.nan), right).accepted
-    assert not bnn.rounded(right + 2, right).accepted
-    assert bnn.rounded(right + 1e-4, right).text == "equal when rounded"
-    assert bnn.rounded(right, right).text == "equal"
+    assert not binary_contestants.difference(right[:1], right).accepted
+    assert not binary_contestants.difference(torch.full_like(right, torch.nan), right).accepted
+    assert not binary_contestants.rounded(right + 2, right).accepted
+    assert binary_contestants.rounded(right + 1e-4, right).text == "equal when rounded"
+    assert binary_contestants.rounded(right, right).text == "equal"
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -86,8 +86,8 @@ def test_wrong_signs_are_found(axis: int) -> None:
     at, flipped = torch.tensor([1, 1, 1], dtype=torch.int32), torch.tensor([False, True, False])
     rows = sums if axis == 1 else sums.t()
     bits = (rows >= 1) != flipped
-    packed = bnn.packed_signs(torch.where(bits, 1.0, -1.0))
-    check = bnn.check_signs(lambda: sums, at, flipped, axis)
+    packed = binary_contestants.packed_signs(torch.where(bits, 1.0, -1.0))
+    check = binary_contestants.check_signs(lambda: sums, at, flipped, axis)
     assert check(packed).accepted
     assert not check(packed ^ 1).accepted
 
@@ -123,13 +123,13 @@ def test_sizes_of_convolutions(shape: Convolution) -> None:
 
 
 def test_a_peer_that_fails_is_reported_and_ours_is_not_excused() -> None:
-    def fails() -> bnn.Step:
+    def fails() -> binary_contestants.Step:
         raise RuntimeError("no kernel\nand more")
 
-    def refuses() -> bnn.Step:
-        raise peers.Unsupported("is not installed")
+    def refuses() -> binary_contestants.Step:
+        raise problems.Unsupported("is not installed")
 
-    entries = bnn.Entries()
+    entries = binary_contestants.Entries()
     entries.add("int8", fails)
     entries.add("larq", refuses)
     assert entries.unavailable == {"int8": "RuntimeError: no kernel", "larq": "is not installed"}
@@ -142,7 +142,7 @@ def test_bitorch_engine_gets_its_own_order_of_words(monkeypatch: pytest.MonkeyPa
     def linear(x: Tensor, packed: Tensor, m: int, n: int, k: int, _: bool) -> Tensor:
         words = packed.view(k // 32, 1, n) >> torch.arange(32).view(1, 32, 1)
         weight = (2.0 * (words & 1) - 1).reshape(k, n)
-        return bnn.signs(x) @ weight
+        return binary_contestants.signs(x) @ weight
 
     extension = ModuleType("binary_linear_cpp")
     extension.forward = linear  # type: ignore[attr-defined]
@@ -150,21 +150,21 @@ def test_bitorch_engine_gets_its_own_order_of_words(monkeypatch: pytest.MonkeyPa
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "bitorch_engine.extensions.binary_linear_cpp", extension)
     x, weight = torch.randn(3, 96), torch.randn(64, 96)
-    expected = bnn.signs(x) @ bnn.signs(weight).t()
-    assert torch.equal(peers.bitorch_linear(x, weight)(), expected)
-    with pytest.raises(peers.Unsupported, match="multiples of 32"):
-        peers.bitorch_linear(x[:, :40], weight[:, :40])
+    expected = binary_contestants.signs(x) @ binary_contestants.signs(weight).t()
+    assert torch.equal(binary_peers.bitorch_linear(x, weight)(), expected)
+    with pytest.raises(problems.Unsupported, match="multiples of 32"):
+        binary_peers.bitorch_linear(x[:, :40], weight[:, :40])
 
 
 def test_absent_peers_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(1, 32, 4, 4), torch.randn(8, 32, 3, 3)
     for name in ("binary_linear_cpp", "binary_conv_cpp"):
         monkeypatch.setitem(sys.modules, f"bitorch_engine.extensions.{name}", None)
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(peers.Unsupported, match="setup.py develop"):
-        peers.bitorch_conv2d(x, weight, 1, 1)
-    with pytest.raises(peers.Unsupported, match="pip install"):
-        peers.larq_conv2d(x, weight, 1, 1, 1)
+    monkeypatch.setattr(binary_peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(problems.Unsupported, match="setup.py develop"):
+        binary_peers.bitorch_conv2d(x, weight, 1, 1)
+    with pytest.raises(problems.Unsupported, match="pip install"):
+        binary_peers.larq_conv2d(x, weight, 1, 1, 1)
 
 
 def result(operation: str, contestant: str, ms: float, **more: object) -> harness.Result:
@@ -183,7 +183,7 @@ RESULTS = [
     result("conv2d", "float", 40.0),
     result("conv2d", "float channels_last", 30.0),
     result("conv2d", "larq", 60.0),
-    result("conv2d", "bitorch-engine", 200.0, other_work=peers.PADS_WITH_MINUS_ONE),
+    result("conv2d", "bitorch-engine", 200.0, other_work=binary_peers.PADS_WITH_MINUS_ONE),
     result("pack_signs", "floor", 1.0),
     result("pack_signs", "copy", 3.0, to_floor=3.0),
     result("pack_signs", "quantkern", 2.0, to_floor=2.0),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that the installed quantkern is the one tested
 
-from benchmarks import fakequant, harness, peers  # noqa: E402
+from benchmarks import fakequant, harness, peers, problems  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def questions(direction: str) -> list[fakequant.Question]:
     shapes = ["tiny-16", "weight-depthwise"]
-    return fakequant.questions(shapes, list(peers.OPERATIONS), ["tensor", "channel"], [direction], "float32")
+    return fakequant.questions(shapes, list(problems.OPERATIONS), ["tensor", "channel"], [direction], "float32")
 
 
 @pytest.mark.parametrize("direction", fakequant.DIRECTIONS)
@@ -33,7 +33,7 @@ def test_every_contestant_agrees_with_the_reference(direction: str) -> None:
         for name, adapter in contestants.items():
             try:
                 verdict = fakequant.compare(question, CPU, adapter)
-            except peers.Unsupported:
+            except problems.Unsupported:
                 continue
             assert verdict.accepted, (question, name, verdict.text)
             if name == "quantkern":
@@ -44,11 +44,11 @@ def test_every_contestant_agrees_with_the_reference(direction: str) -> None:
 
 @pytest.mark.parametrize("question", questions("both"), ids=lambda question: "-".join(question.labels.values()))
 def test_a_wrong_contestant_is_found_out(question: fakequant.Question) -> None:
-    def wrong_value(p: peers.Problem) -> Callable[[], Tensor]:
+    def wrong_value(p: problems.Problem) -> Callable[[], Tensor]:
         right = peers.reference_adapter(p)
         return lambda: right() * 1.05
 
-    def wrong_gradient(p: peers.Problem) -> Callable[[], Tensor]:
+    def wrong_gradient(p: problems.Problem) -> Callable[[], Tensor]:
         right = peers.reference_adapter(p)
         return lambda: right().detach() + 0.5 * (p.x - p.x.detach())
 
@@ -65,7 +65,7 @@ def test_a_nan_counts_as_wrong() -> None:
 
 def test_weights_and_activations_get_the_operations_that_occur() -> None:
     everything = fakequant.questions(
-        list(SHAPES), list(peers.OPERATIONS), ["tensor", "channel"], ["forward"], "float32"
+        list(SHAPES), list(problems.OPERATIONS), ["tensor", "channel"], ["forward"], "float32"
     )
     seen = {(one.operation, one.shape.kind, one.granularity) for one in everything}
     assert ("activation", "activation", "tensor") in seen
@@ -135,4 +135,4 @@ def test_missing_peers_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     fakequant.main(["--list"])
     printed = capsys.readouterr().out
     assert "not installed, so not compared: nni" in printed
-    assert all(name in printed for name in (*SHAPES, *peers.OPERATIONS, "torch.compile"))
+    assert all(name in printed for name in (*SHAPES, *problems.OPERATIONS, "torch.compile"))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that the installed quantkern is the one tested
 
-from benchmarks import harness, lsq, peers, report  # noqa: E402
+from benchmarks import harness, lsq, problems, report, tables  # noqa: E402
 from benchmarks.shapes import SHAPES, Shape  # noqa: E402
 from quantkern import reference  # noqa: E402
 
@@ -33,8 +33,8 @@ def works() -> dict[str, Callable[[], lsq.Work]]:
         f"{operation} {shape.name} {axis}": builder(operation, shape, axis)
         for shape in (SMALL, SHAPES["weight-depthwise"], SHAPES["tiny-16"])
         for operation in lsq.OPERATIONS
-        for axis in ((None, shape.channel_axis) if operation == peers.LSQ else (None,))
-        if operation == peers.LSQ or shape.kind in ("tiny", operation.removeprefix("dorefa_"))
+        for axis in ((None, shape.channel_axis) if operation == problems.LSQ else (None,))
+        if operation == problems.LSQ or shape.kind in ("tiny", operation.removeprefix("dorefa_"))
     }
 
 
@@ -47,7 +47,7 @@ def test_every_contestant_of_lsq_agrees_or_departs_as_it_is_known_to() -> None:
         for name, entrant in everyone.items():
             try:
                 verdict = lsq.check(entrant, build)
-            except peers.Unsupported:
+            except problems.Unsupported:
                 continue
             assert verdict.accepted, (work, name, verdict.text)
             assert verdict.text.endswith("*") == bool(verdict.other_work)
@@ -62,7 +62,7 @@ def test_every_contestant_of_lsq_agrees_or_departs_as_it_is_known_to() -> None:
             "the gradient skips tanh and the maximum",
         }
     if "brevitas" in everyone:
-        assert departing["brevitas"] <= {peers.ROUNDS_FIRST}
+        assert departing["brevitas"] <= {problems.ROUNDS_FIRST}
 
 
 def wrong_in(part: str) -> lsq.Contestant:
@@ -81,10 +81,10 @@ def wrong_in(part: str) -> lsq.Contestant:
 
 @pytest.mark.parametrize("part", ["y", "gradient", "scale"])
 def test_departures_are_accepted_only_where_they_are_known(part: str) -> None:
-    build = builder(peers.LSQ, SMALL, None)
+    build = builder(problems.LSQ, SMALL, None)
 
     def with_departs(departs: dict[str, str]) -> lsq.Contestant:
-        return lambda w: peers.Learner(lsq.prepare(wrong_in(part), w).step, w.inputs, departs=departs)
+        return lambda w: problems.Learner(lsq.prepare(wrong_in(part), w).step, w.inputs, departs=departs)
 
     refused = lsq.check(wrong_in(part), build)
     assert not refused.accepted and refused.text.startswith("disagrees with the reference")
@@ -95,7 +95,7 @@ def test_departures_are_accepted_only_where_they_are_known(part: str) -> None:
 
 
 def test_a_gradient_that_never_comes_counts_as_zero_and_is_noticed() -> None:
-    build = builder(peers.LSQ, SMALL, None)
+    build = builder(problems.LSQ, SMALL, None)
 
     def detached(w: lsq.Work) -> lsq.Step:
         return lambda: w.x.detach() * w.scale / w.scale.detach()
@@ -106,17 +106,17 @@ def test_a_gradient_that_never_comes_counts_as_zero_and_is_noticed() -> None:
 
 
 def test_a_library_s_own_scale_is_compared_by_its_factor() -> None:
-    build = builder(peers.LSQ, SMALL, 1)
+    build = builder(problems.LSQ, SMALL, 1)
 
     def entrant(factor: float) -> lsq.Contestant:
-        def make(w: lsq.Work) -> peers.Learner:
+        def make(w: lsq.Work) -> problems.Learner:
             own = (w.scale.detach() * 15).reshape(1, -1, 1, 1).requires_grad_()
             low, high = w.quant_min, w.quant_max
 
             def step() -> Tensor:
                 return reference.lsq(w.x, own.flatten() / 15, low, high, w.axis)
 
-            return peers.Learner(step, (w.x, own), factor)
+            return problems.Learner(step, (w.x, own), factor)
 
         return make
 
@@ -138,7 +138,7 @@ def test_the_count_of_moved_bytes_follows_the_kernel() -> None:
 
 def test_the_bytes_that_the_backward_moves_are_counted() -> None:
     def counted(shape: Shape, axis: int | None, dtype: torch.dtype = torch.float32) -> float:
-        return lsq.counted_bytes(lsq.make_work(peers.LSQ, shape, axis, dtype, CPU))
+        return lsq.counted_bytes(lsq.make_work(problems.LSQ, shape, axis, dtype, CPU))
 
     size = 64 * 64 * 9  # nine stretches, or 64 rows of less than a stretch
     assert counted(SHAPES["weight-64"], None, torch.bfloat16) == 6 + (3 * 9 * 16 + 24) / size
@@ -152,7 +152,7 @@ def test_the_bytes_that_the_backward_moves_are_counted() -> None:
 
 @pytest.mark.parametrize("axis", [None, 0])
 def test_our_backward_allocates_dx_and_the_forward_saves_nothing(axis: int | None) -> None:
-    build = builder(peers.LSQ, SHAPES["weight-64"], axis)
+    build = builder(problems.LSQ, SHAPES["weight-64"], axis)
 
     ours = lsq.traffic(lsq.quantkern, build, counted=True)
     assert 4 <= ours["allocated_bytes"] < 4.05
@@ -166,11 +166,11 @@ def test_our_backward_allocates_dx_and_the_forward_saves_nothing(axis: int | Non
 def test_whole_run_of_lsq_writes_its_results_and_the_readme_s_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def without_gradient(w: lsq.Work) -> peers.Learner:
+    def without_gradient(w: lsq.Work) -> problems.Learner:
         def step() -> Tensor:
             return reference.lsq(w.x.detach(), w.scale, w.quant_min, w.quant_max, w.axis)
 
-        return peers.Learner(step, w.inputs, departs={"gradient": "no gradient"})
+        return problems.Learner(step, w.inputs, departs={"gradient": "no gradient"})
 
     chosen = {"quantkern": lsq.quantkern, "eager": lsq.eager, "nni": without_gradient}
     monkeypatch.setattr(lsq, "contestants", lambda: chosen)
@@ -191,7 +191,7 @@ def test_whole_run_of_lsq_writes_its_results_and_the_readme_s_table(
     head, large, tiny = (line for line in report.table("lsq-here").splitlines() if line.startswith("| "))
     assert head == "| operation | tensor | per | ours / copy | our backward | eager | NNI 2.10 |"
     cells = [cell.strip() for cell in large.split("|")]
-    assert cells[5] == f"{harness.figure(backward.bytes_per_element)} B; 12.0 B"
+    assert cells[5] == f"{tables.figure(backward.bytes_per_element)} B; 12.0 B"
     assert cells[7].endswith("x*")
     assert tiny.split("|")[5].strip() == ""
     assert report.table("lsq-here").endswith("\\* nni: no gradient\n")

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that the installed quantkern is the one tested
 
-from benchmarks import harness, networks, quantized_networks, report, step_memory, step_profile, train_step  # noqa: E402
+from benchmarks import (  # noqa: E402
+    allocations,
+    harness,
+    networks,
+    quantized_networks,
+    report,
+    step_memory,
+    step_profile,
+    tables,
+    train_step,
+)
 from benchmarks.networks import NETWORKS, Network  # noqa: E402
 from benchmarks.quantized_networks import BUILT_IN, COMPILED, INSTALLABLE, Trainee  # noqa: E402
 
@@ -213,7 +223,7 @@ def test_memory_over_time() -> None:
 
 def test_operators_are_counted() -> None:
     x = torch.randn(64, 64, requires_grad=True)
-    _, events = harness.traced(lambda: (x @ x).sum().backward(), memory=False)
+    _, events = allocations.traced(lambda: (x @ x).sum().backward(), memory=False)
     names = {one["name"] for one in events if step_memory.is_operator(one)}
     assert {"aten::matmul", "aten::mm", "aten::sum"} <= names
     assert not any("Backward" in name or "autograd" in name for name in names)
@@ -232,7 +242,7 @@ def test_the_time_of_an_operator_is_without_that_of_those_inside(monkeypatch: py
         event("aten::inner", 7000, 1000),
         event("aten::outer", 9999, 1),  # after the step
     ]
-    monkeypatch.setattr(harness, "traced", lambda run, memory: (run(), events))
+    monkeypatch.setattr(allocations, "traced", lambda run, memory: (run(), events))
     assert step_profile.operator_times(lambda: None) == {
         "aten::outer": (1, 2.0),
         "aten::inner": (3, 3.5),
@@ -303,7 +313,7 @@ def test_whole_run_writes_its_results_and_the_readme_s_table(
     qat, plain = by_name["quantkern-qat"], by_name["float"]
     assert rows[1][2] == f"{qat.p50_ms / plain.p50_ms:.2f}x" and rows[1][3].endswith("x*") and rows[2][3] == ""
     assert rows[4][2] == f"{qat.figures['peak_bytes'] / plain.figures['peak_bytes']:.2f}x"
-    assert rows[7][1] == harness.figure(plain.figures["saved_bytes"] / 1e6)
+    assert rows[7][1] == tables.figure(plain.figures["saved_bytes"] / 1e6)
     assert f"\\* quantkern-qat-folded: {quantized_networks.FOLDS}" in text
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import quantkern
 import quantkern.functional as F
 from quantkern.nn import BinaryConv2d, BinaryLinear, Pool
-from quantkern.nn.binary import check_all_states, find_thresholds
+from quantkern.nn.packed import check_all_states, find_thresholds
 
 
 def signs(x: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from torch.nn.utils import parametrize
 from quantkern.attach import Attachment, copy_of, remove_parametrization
 from quantkern.binarized import CannotTrace, trace
 from quantkern.binarized.flow import calls, is_hooked, modules_of, only_input
-from quantkern.binary import pair
+from quantkern.binary.checks import pair
 from quantkern.config import CHILD_NAME
-from quantkern.nn.binary import BinaryConv2d, BinaryLinear, Pool, check_all_states, find_thresholds
+from quantkern.nn.binary import BinaryConv2d, BinaryLinear
+from quantkern.nn.packed import Pool, check_all_states, find_thresholds
 
 _RISING = (
     *(nn.Identity, nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.Tanh, nn.Softsign, nn.Sigmoid, nn.Hardsigmoid),
