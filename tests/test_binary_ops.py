@@ -183,7 +183,8 @@ def test_arranged_weights_are_the_same_bits_in_another_order() -> None:
 
 def test_without_compiled_kernels_nothing_is_arranged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed layers arrange their weights on any device; only compiled kernels read the result."""
-    monkeypatch.setattr("quantkern.binary.signs.resolve", lambda x, backend: Backend.REFERENCE)
+    for module in ("signs", "products"):
+        monkeypatch.setattr(f"quantkern.binary.{module}.resolve", lambda x, backend: Backend.REFERENCE)
     a, weights = signs(5, 70), signs(9, 70, seed=1)
     arranged = F.arrange_signs(pack(weights))
     assert arranged.numel() == 0

@@ -8,9 +8,9 @@ import pytest
 import torch
 from observed_tensors import WITH_BINS, error, numbers, seen, spec
 
-from quantkern import clip_range, observers
+from quantkern import clip_range
 from quantkern.clip_range import Histogram, Levels
-from quantkern.observers import HistogramObserver, make_observer
+from quantkern.observers import HistogramObserver, histograms, make_observer
 
 # ---------------------------------------------------------------- ranges
 
@@ -30,7 +30,7 @@ def test_percentiles(percentile: float) -> None:
     x = numbers(3, 100000).square()
     low, high = seen(make_observer(spec("percentile", percentile=percentile)), [x]).clip_range()
     expected = torch.quantile(x.double(), torch.tensor([1 - percentile / 100, percentile / 100]).double())
-    width = float(x.max()) / observers.BINS * 4
+    width = float(x.max()) / histograms.BINS * 4
     assert (low.item(), high.item()) == pytest.approx(expected.tolist(), abs=width)
     if percentile == 100:
         assert (low.item(), high.item()) == (x.min().item(), x.max().item())

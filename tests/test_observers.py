@@ -14,9 +14,9 @@ from observed_tensors import EVERY, WITH_BINS, numbers, seen, spec
 from quantizer_checks import NoReads
 from torch import Tensor
 
-from quantkern import _C, clip_range, observers, reference
+from quantkern import _C, clip_range, reference
 from quantkern.clip_range import Levels
-from quantkern.observers import HistogramObserver, make_observer
+from quantkern.observers import HistogramObserver, histograms, make_observer
 
 # ---------------------------------------------------------------- histograms
 
@@ -44,7 +44,7 @@ def test_bins_hold_what_their_edges_say() -> None:
     expected = torch.searchsorted(values.sort().values, histogram.edges[0], right=True).diff()
     assert torch.equal(histogram.counts[0].long(), expected)
     used = (values.max() - values.min()) / (histogram.edges[0, 1] - histogram.edges[0, 0])
-    assert observers.BINS / 2 - 2 <= used <= observers.BINS
+    assert histograms.BINS / 2 - 2 <= used <= histograms.BINS
     assert (histogram.edges == 0).any()
 
 
@@ -85,7 +85,7 @@ def test_observing_elsewhere_than_on_the_cpu_waits_for_nothing_and_counts_the_sa
     batches = [numbers(seed, 4, 3, 40) * (1 + seed % 3) for seed in range(5)]
     batches.append(torch.full((4, 3, 40), torch.nan))
     expected = seen(make_observer(rule, 3), batches, rule.axis)
-    monkeypatch.setattr(observers, "has_loops", lambda x: False)
+    monkeypatch.setattr(histograms, "has_loops", lambda x: False)
     elsewhere = make_observer(rule, 3)
     with NoReads(torch.ops.aten.equal, torch.ops.aten.bincount, torch.ops.quantkern.observe_histogram):
         seen(elsewhere, batches, rule.axis)
@@ -95,7 +95,7 @@ def test_observing_elsewhere_than_on_the_cpu_waits_for_nothing_and_counts_the_sa
             assert torch.equal(value, elsewhere.state_dict()[key]), key
     torch.use_deterministic_algorithms(True)
     try:
-        assert observers.count_of(torch.tensor([3.0, 0.0, 3.0]), 5).tolist() == [1, 0, 0, 2, 0]
+        assert histograms.count_of(torch.tensor([3.0, 0.0, 3.0]), 5).tolist() == [1, 0, 0, 2, 0]
     finally:
         torch.use_deterministic_algorithms(False)
     with pytest.raises(AssertionError, match="a value was read back"), NoReads():
@@ -247,7 +247,7 @@ def test_the_loops_count_what_operations_of_torch_count(
     rule = spec(scheme="per_channel_affine", axis=axis) if channels else spec()
     batches = _batches(kind, dtype)
     ours = seen(make_observer(rule, 5), batches, axis).state_dict()
-    monkeypatch.setattr(observers, "has_loops", lambda x: False)
+    monkeypatch.setattr(histograms, "has_loops", lambda x: False)
     for name, expected in seen(make_observer(rule, 5), batches, axis).state_dict().items():
         assert torch.equal(ours[name], expected), name
 
