@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from two_ranks import (
     CASES,
+    COMPILED,
     LEARNING_RATES,
     QAT,
     RANGES,
@@ -54,6 +55,13 @@ def test_two_ranks_train_as_one_process(found: list[dict[str, Any]], way: str, c
     assert largest_difference(first, expected) <= (RANGES if case in QAT else ROUNDING)
     assert largest_difference(weights_of(first), weights_of(expected)) <= (WEIGHTS if case in QAT else ROUNDING)
     assert largest_difference(weights_of(expected), weights_of(untrained(case))) > 0.03
+
+
+@pytest.mark.parametrize("way", ["model", "whole"])
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_ranks_train_as_eager_ones(found: list[dict[str, Any]], case: str, way: str) -> None:
+    """DistributedDataParallel around a compiled model, and itself compiled."""
+    assert [one["compiled"][f"{case} {way}"] for one in found] == [0, 0]
 
 
 @pytest.mark.parametrize("way", ["same_batch", "sharded"])

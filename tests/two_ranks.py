@@ -23,6 +23,7 @@ CASES: dict[str, tuple[type[Any], list[dict[str, Any]]]] = {
     "bnn": (BNNQuantizer, [{**RULE, "quant_types": ["weight"], "quant_bits": 1}]),
 }
 QAT = ("qat", "qat delayed")
+COMPILED = (*QAT, "lsq")
 ROUNDING = 2e-5
 """Of what one process and two compute in another order; about 100 times what was seen."""
 RANGES, WEIGHTS = 1e-2, 2.5e-3
@@ -245,6 +246,25 @@ class Ranks:
                 found[f"{case} {rank}"] = model.state_dict()
         return found
 
+    def compiled(self) -> dict[str, float]:
+        """How far five compiled steps are from as many eager ones."""
+        found = {}
+        for case in COMPILED:
+            eager = self.parallel(case)
+            train(eager[2], range(5), self.half)
+            for way in ("model", "whole"):
+                torch.compiler.reset()
+                torch._dynamo.utils.counters.clear()
+                model, _, run = self.parallel(case)
+                if way == "whole":
+                    run = torch.compile(run, backend="aot_eager")
+                else:
+                    run = nn.parallel.DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+                train(run, range(5), self.half)
+                assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+                found[f"{case} {way}"] = largest_difference(model.state_dict(), eager[0].state_dict())
+        return found
+
     def other_layers(self) -> str:
         quantizer = QAT_Quantizer(net(), [RULE] if self.rank else [{**RULE, "op_names": ["conv"]}])
         quantizer.share_ranges(group=torch.distributed.group.WORLD)
@@ -325,7 +345,7 @@ class Ranks:
 
 
 FIRST = ("same_batch", "broadcast", "collectives", "reads", "switched_off", "accumulation", "frozen", "frozen_scale")
-CHECKS = (*FIRST, "moved", "empty", "unused", "other_layers", "sharded", "refused", "resumed")
+CHECKS = (*FIRST, "compiled", "moved", "empty", "unused", "other_layers", "sharded", "refused", "resumed")
 
 
 def one_rank(rank: int, folder: str) -> None:
