@@ -43,9 +43,9 @@ def fake_quants(layer: nn.Module) -> list[FakeQuant]:
     """Every fake-quantizer on a layer."""
     found: list[Any] = []
     if parametrize.is_parametrized(layer, "weight"):
-        found += layer.parametrizations["weight"]  # type: ignore[index]
+        found += list(layer.parametrizations["weight"])  # type: ignore[index]
     if CHILD_NAME in layer._modules:
-        found += getattr(layer, CHILD_NAME).children()
+        found += list(getattr(layer, CHILD_NAME).children())  # lists: for torch 2.11
     return [module for module in found if isinstance(module, FakeQuant)]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from quantkern import functional, reference
 from quantkern.ahead import Ahead, compute_ranged, ranged_result
 from quantkern.config import TensorSpec, is_int
+from quantkern.exporting import is_exporting
 from quantkern.fake_quant import RangedFakeQuant
 
 
@@ -39,7 +40,7 @@ class WeightFakeQuant(RangedFakeQuant):
                 return self.quantize(weight, spec.axis)
             self.loaded = False
         low, high = spec.quant_range
-        if not self.training and torch.compiler.is_exporting():
+        if not self.training and is_exporting():
             return self.on_current_grid(weight)
         return functional.fake_quantize_weight(
             weight, self.scale, self.zero_point, low, high, spec.symmetric, spec.axis,

@@ -85,7 +85,10 @@ def require_whole(model: nn.Module, method: str) -> None:
 def refuse_sharded_scales(parts: Sequence[Any]) -> None:
     """A scale that starts in a forward would be lost in a copy that ``fully_shard`` gathers for that forward."""
     for part in parts:
-        for group in part._get_fsdp_state()._fsdp_param_groups:
+        state = part._get_fsdp_state()
+        # torch 2.11 has one group or none
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in filter(None, groups):
             for parameter in group.fsdp_params:
                 if isinstance(parameter._module_info.module, LearnedState):
                     raise RuntimeError(

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "quantkern"
 
 LEVELS = [
-    {"settings", "config", "reference", "ops", "progress", "files", "outside_graphs", "_C", "_built_for"},
+    {"settings", "config", "reference", "ops", "progress", "files", "outside_graphs", "exporting", "_C", "_built_for"},
     {"clip_range", "watching", "layer_plans"},
     {"triton"},
     {"backend"},

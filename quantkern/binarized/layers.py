@@ -6,10 +6,10 @@ printed models know a layer by the name of its class.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from quantkern import functional
+from quantkern.exporting import is_exporting
 from quantkern.reference import LONGEST_SUM
 
 
@@ -53,7 +53,7 @@ def _as_float(bias: Tensor | None) -> Tensor | None:
 
 def _is_exported(layer: nn.Module) -> bool:
     """Whether an inference program is made of the layer: with the operations that keep nothing for a backward."""
-    return not layer.training and torch.compiler.is_exporting()
+    return not layer.training and is_exporting()
 
 
 def _like(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -108,6 +108,8 @@ def _weight_of(layer: nn.Module, node: Any) -> Tensor:
 
 def scale_through_product(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
     """Forward hook, the first: hangs the scale on the output of the layer it quantized the input of."""
+    if torch.compiler.is_compiling():  # then quantize_leaf has left nothing
+        return None
     quantizer = layer.quantkern._modules["input"]  # type: ignore[union-attr]
     x = quantizer.__dict__.pop("pending", None) if quantizer is not None else None
     if x is None or not isinstance(quantizer, LearnedActivation) or output.grad_fn is None:

@@ -1,0 +1,14 @@
+"""Whether torch.export is at work."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_exporting() -> bool:
+    """As torch.compiler.is_exporting(), which in a graph of torch.compile says yes in torch 2.11 and 2.12.
+
+    >>> is_exporting()
+    False
+    """
+    return bool(torch.compiler._is_exporting_flag)
