@@ -193,11 +193,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
     options = parser().parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no CUDA device here")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = harness.device_for(options)
     keep_freed_memory()
     path = options.json or harness.RESULTS / f"all-weights-{options.device}.json"
     shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}

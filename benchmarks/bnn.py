@@ -341,9 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--json", type=Path, help="where the results go (default benchmarks/results/bnn-DEVICE.json)")
     p.add_argument("--plot", type=Path, help="draw the medians to this file (needs matplotlib)")
     options = p.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = harness.device_for(options)
     path = options.json or harness.RESULTS / f"bnn-{options.device}.json"
     shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     shown["dtype"] = "float32"

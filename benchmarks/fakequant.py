@@ -294,11 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     if options.plot:
         tables.require_matplotlib()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no CUDA device here")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = harness.device_for(options)
     contestants = contestants_for(device, options.contestants)
     absent = peers.missing()
     if absent:

@@ -7,6 +7,7 @@ holds only its cases.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import gc
 import json
@@ -319,6 +320,15 @@ def read_json(path: Path) -> tuple[dict[str, Any], list[Result], list[Excluded]]
         [Result(**one) for one in document["results"]],
         [Excluded(**one) for one in document["excluded"]],
     )
+
+
+def device_for(options: argparse.Namespace) -> torch.device:
+    """The device that ``--device`` names, with as many CPU threads as ``--threads`` says."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device here")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return torch.device(options.device)
 
 
 def kernels_for(device: torch.device) -> str:

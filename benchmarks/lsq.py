@@ -369,9 +369,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--json", type=Path, help="where the results go (default benchmarks/results/lsq-DEVICE.json)")
     p.add_argument("--plot", type=Path, help="draw the medians to this file (needs matplotlib)")
     options = p.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = harness.device_for(options)
     absent = [name for name in peers.missing() if name in peers.LEARNERS]
     if absent:
         print(f"not installed, so not compared: {', '.join(absent)} (benchmarks.fakequant --list says how to)")

@@ -157,11 +157,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
     options = parser().parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no CUDA device here")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = harness.device_for(options)
     builds = contestants_for(options.contestants)
     if options.profile:
         chosen = [name for name in builds if name in step_profile.PROFILED]
