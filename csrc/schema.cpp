@@ -147,7 +147,11 @@ TORCH_LIBRARY(quantkern, m) {
   m.def("sign_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("sign_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
 
-  // Observers, on the CPU; elsewhere they are a few operations of torch. A batch is taken into a range and into bins.
+  // Observers, on the CPU; elsewhere they are a few operations of torch. A batch is taken into a range, whose
+  // moving average is followed where there is an ema_decay, or into a range and bins.
+  m.def(
+      "observe_range(Tensor x, int? axis, float? ema_decay, Tensor(a!) low, Tensor(b!) high, Tensor(c!) batches, "
+      "Tensor(d!) spoiled) -> ()");
   m.def(
       "observe_histogram(Tensor x, int? axis, Tensor(a!) low, Tensor(b!) high, Tensor(c!) counts, Tensor(d!) exponent, "
       "Tensor(e!) origin, Tensor(f!) batches, Tensor(g!) spoiled) -> ()");

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import oracles
 import strategies as st
 import torch
@@ -13,14 +15,14 @@ from trials import Outcome, Trial
 
 from quantkern import Backend, clip_range
 from quantkern.clip_range import Levels
-from quantkern.observers import HistogramObserver, Observer, ObserverSpec
+from quantkern.observers import Observer, ObserverSpec, make_observer
 
 
-def seen_by(x: Tensor, axis: int | None, batches: int, backend: Backend) -> HistogramObserver:
+def seen_by(x: Tensor, axis: int | None, batches: int, backend: Backend, name: str = "histogram") -> Any:
     """An observer after some batches, each twice as large as the one before."""
     scheme = "per_tensor_affine" if axis is None else "per_channel_affine"
-    spec = ObserverSpec(8, "uint", scheme, axis=axis, observer="histogram")
-    observer = HistogramObserver(spec, 0 if axis is None else x.shape[axis])
+    spec = ObserverSpec(8, "uint", scheme, axis=axis, observer=name)
+    observer = make_observer(spec, 0 if axis is None else x.shape[axis])
     for k in range(batches):
         batch = x * 2**k
         if backend is Backend.REFERENCE:
@@ -30,12 +32,46 @@ def seen_by(x: Tensor, axis: int | None, batches: int, backend: Backend) -> Hist
     return observer
 
 
-def observe_histogram(draw: Draw) -> Trial:
+def _batch(draw: Draw) -> tuple[Tensor, int | None, int]:
+    """The first batch, the axis of its channels, how many batches there are."""
     dtype, shape = dtype_of(draw), st.shapes(draw, empty=False)
     axis = st.axes(draw, shape)
     axis = None if axis is None else axis % len(shape)
     x = st.laid_out(draw, shape, dtype, Grid(st.scales(draw, usable=True)), finite=chance(draw, 80))
-    batches = draw.integer(1, 3)
+    return x, axis, draw.integer(1, 3)
+
+
+def observe_range(draw: Draw) -> Trial:
+    (x, axis, batches), name = _batch(draw), pick(draw, ("minmax", "moving_average"))
+
+    def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
+        observer = seen_by(x, axis, batches, backend, name)
+        return observer.batches, observer.spoiled, observer.low, observer.high
+
+    def oracle(outcome: Outcome) -> None:
+        """Every end lies where the ends of the batches lie, and is one of them where there is no average."""
+        number, spoiled, low, high = outcome.results
+        assert int(number) == batches
+        rows = [(x * 2**k).float().double().unsqueeze(-1) for k in range(batches)]
+        values = [b.reshape(1, -1) if axis is None else b.movedim(axis, 0).flatten(1) for b in rows]
+        whole = [k for k in range(batches) if bool(values[k].isfinite().all())]
+        first = next((k for k in range(batches) if k not in whole), None)
+        assert int(spoiled) == (0 if first is None else first + 1)
+        for got, ends in ((low, [values[k].amin(1) for k in whole]), (high, [values[k].amax(1) for k in whole])):
+            if not ends:
+                continue
+            least, most = torch.stack(ends).amin(0), torch.stack(ends).amax(0)
+            if name == "minmax":
+                assert torch.equal(got.reshape(-1).double(), least if got is low else most)
+            room = (least.abs() + most.abs()) * 1e-6 + 1e-44
+            assert bool(((got.reshape(-1) >= least - room) & (got.reshape(-1) <= most + room)).all())
+
+    sample = Sample("observe_range", tuple(x.shape), run, like_x=False, differentiable=False)
+    return Trial(sample, x, oracle)
+
+
+def observe_histogram(draw: Draw) -> Trial:
+    x, axis, batches = _batch(draw)
 
     def run(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
         observer = seen_by(x, axis, batches, backend)
@@ -62,7 +98,7 @@ def observe_histogram(draw: Draw) -> Trial:
         assert bool(between.all()), "counts are not those of the edges"
         assert bool((got[:, -1] == widths.shape[1]).all()), "values outside"
 
-    sample = Sample("observe_histogram", shape, run, like_x=False, differentiable=False)
+    sample = Sample("observe_histogram", tuple(x.shape), run, like_x=False, differentiable=False)
     return Trial(sample, x, oracle)
 
 

@@ -52,12 +52,22 @@ def histogram_state(rows: int) -> list[Tensor]:
     ]
 
 
+def range_state(shape: tuple[int, ...]) -> list[Tensor]:
+    """Of an observer that has seen nothing: low, high, batches, spoiled."""
+    ends = [torch.full(shape, end) for end in (torch.inf, -torch.inf)]
+    return [*ends, *(torch.zeros((), dtype=torch.int64) for _ in range(2))]
+
+
 def _range_arguments() -> tuple[Any, ...]:
     edges = torch.arange(17).double().repeat(2, 1)
     return torch.arange(16).double().repeat(2, 1), edges, edges[:, 0].clone(), edges[:, -1].clone(), 0, 7, False
 
 
 WITHOUT_TWIN: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
+    "observe_range": lambda: [
+        (torch.randn(4, 5), None, None, *range_state(())),
+        (torch.randn(4, 5), 1, 0.9, *range_state((5,))),
+    ],
     "observe_histogram": lambda: [
         (torch.randn(4, 5), None, *histogram_state(1)),
         (torch.randn(4, 5), 1, *histogram_state(5)),
@@ -79,6 +89,10 @@ operations of torch (tests/test_observers.py compares both), and quantkern.lean_
 def every_draw() -> dict[str, Callable[[Draw], Trial]]:
     """By the name of the function that it calls."""
     draws = [draw for spec in SPECS for draw in spec.draws]
-    draws += [op_draws_observers.observe_histogram, op_draws_observers.histogram_range]
+    draws += [
+        op_draws_observers.observe_range,
+        op_draws_observers.observe_histogram,
+        op_draws_observers.histogram_range,
+    ]
     draws += [op_draws_lists.to_codes, op_draws_lists.from_codes]
     return {draw.__name__: draw for draw in draws}

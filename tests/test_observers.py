@@ -10,13 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from observed_tensors import EVERY, WITH_BINS, numbers, seen, spec
+from observed_tensors import EVERY, numbers, seen, spec
 from quantizer_checks import NoReads
 from torch import Tensor
 
 from quantkern import _C, clip_range, reference
 from quantkern.clip_range import Levels
-from quantkern.observers import HistogramObserver, histograms, make_observer
+from quantkern.observers import HistogramObserver, histograms, make_observer, ranges
+
+WITH_LOOPS = ["histogram", "minmax", "moving_average"]
+
+
+def without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (histograms, ranges):
+        monkeypatch.setattr(module, "has_loops", lambda x: False)
+
 
 # ---------------------------------------------------------------- histograms
 
@@ -76,7 +84,7 @@ def test_ranges_at_the_ends_of_float32(largest: float) -> None:
     assert scale.isfinite() and scale > 0
 
 
-@pytest.mark.parametrize("name", WITH_BINS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("channels", [False, True])
 def test_observing_elsewhere_than_on_the_cpu_waits_for_nothing_and_counts_the_same(
     name: str, channels: bool, monkeypatch: pytest.MonkeyPatch
@@ -85,9 +93,10 @@ def test_observing_elsewhere_than_on_the_cpu_waits_for_nothing_and_counts_the_sa
     batches = [numbers(seed, 4, 3, 40) * (1 + seed % 3) for seed in range(5)]
     batches.append(torch.full((4, 3, 40), torch.nan))
     expected = seen(make_observer(rule, 3), batches, rule.axis)
-    monkeypatch.setattr(histograms, "has_loops", lambda x: False)
+    without_loops(monkeypatch)
     elsewhere = make_observer(rule, 3)
-    with NoReads(torch.ops.aten.equal, torch.ops.aten.bincount, torch.ops.quantkern.observe_histogram):
+    own = torch.ops.quantkern.observe_histogram, torch.ops.quantkern.observe_range
+    with NoReads(torch.ops.aten.equal, torch.ops.aten.bincount, *own):
         seen(elsewhere, batches, rule.axis)
     assert expected.spoiled == elsewhere.spoiled == 6
     for key, value in expected.state_dict().items():
@@ -237,27 +246,31 @@ def _batches(kind: str, dtype: torch.dtype) -> list[Tensor]:
     return [forms[kind](batch.to(dtype)) for batch in batches]
 
 
+@pytest.mark.parametrize("observer", WITH_LOOPS)
 @pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "channels_last", "sliced", "expanded", "rows", "large"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_the_loops_count_what_operations_of_torch_count(
-    kind: str, dtype: torch.dtype, channels: bool, capability: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: torch.dtype, channels: bool, observer: str, capability: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     axis = (0 if kind == "rows" else 1) if channels else None
-    rule = spec(scheme="per_channel_affine", axis=axis) if channels else spec()
+    rule = spec(observer, scheme="per_channel_affine", axis=axis) if channels else spec(observer)
     batches = _batches(kind, dtype)
     ours = seen(make_observer(rule, 5), batches, axis).state_dict()
-    monkeypatch.setattr(histograms, "has_loops", lambda x: False)
+    without_loops(monkeypatch)
     for name, expected in seen(make_observer(rule, 5), batches, axis).state_dict().items():
         assert torch.equal(ours[name], expected), name
 
 
+@pytest.mark.parametrize("name", WITH_LOOPS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", [0, 13, 1000])
 @pytest.mark.parametrize("channels", [False, True])
-def test_the_loops_take_nothing_from_a_spoiled_batch(bad: float, place: int, channels: bool, capability: str) -> None:
+def test_the_loops_take_nothing_from_a_spoiled_batch(
+    bad: float, place: int, channels: bool, name: str, capability: str
+) -> None:
     axis = 0 if channels else None
-    rule = spec(scheme="per_channel_affine", axis=axis) if channels else spec()
+    rule = spec(name, scheme="per_channel_affine", axis=axis) if channels else spec(name)
     observer = seen(make_observer(rule, 3), [numbers(0, 3, 401)], axis)
     before = copy.deepcopy(observer.state_dict())
     batch = numbers(1, 3, 401) * 100
@@ -265,8 +278,8 @@ def test_the_loops_take_nothing_from_a_spoiled_batch(bad: float, place: int, cha
     seen(observer, [batch, batch], axis)
     before["batches"] += 2
     before["spoiled"] += 2
-    for name, value in observer.state_dict().items():
-        assert torch.equal(value, before[name]), name
+    for key, value in observer.state_dict().items():
+        assert torch.equal(value, before[key]), key
 
 
 def test_counts_do_not_depend_on_threads() -> None:
@@ -319,3 +332,23 @@ def test_state_that_does_not_fit_is_refused(change: dict[str, Tensor], error: ty
     given |= {"batches": count, "spoiled": count.clone()}
     with pytest.raises(error, match=message):
         torch.ops.quantkern.observe_histogram.default(*(given | change).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"low": torch.zeros(2)}, ValueError, "low must hold one value"),
+        ({"high": torch.zeros((), dtype=torch.float64)}, TypeError, "high must be Float"),
+        ({"batches": torch.zeros(1, dtype=torch.int64)}, ValueError, r"batches must be contiguous, .* of shape \[\]"),
+        ({"spoiled": torch.zeros(())}, TypeError, "spoiled must be Long"),
+        ({"axis": 1}, IndexError, "axis"),
+        ({"x": torch.zeros(3, dtype=torch.int64)}, TypeError, "floating-point"),
+    ],
+)
+def test_a_range_that_does_not_fit_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given: dict[str, Any] = {"x": torch.ones(3), "axis": None, "ema_decay": None, "low": torch.zeros(())}
+    given |= {"high": torch.zeros(()), "batches": torch.zeros((), dtype=torch.int64)}
+    given |= {"spoiled": torch.zeros((), dtype=torch.int64)}
+    with pytest.raises(error, match=message):
+        torch.ops.quantkern.observe_range.default(*(given | change).values())
+    assert not given["batches"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from op_sample import Sample
-from op_specs import SPECS, WITHOUT_TWIN, histogram_state
+from op_specs import SPECS, WITHOUT_TWIN, histogram_state, range_state
 from test_ops import assert_same, sample_x, with_gradient
 from torch import Tensor
 
@@ -84,6 +84,13 @@ def _histogram(*shape: int, axis: int | None = None) -> tuple[Tensor, ...]:
     return tuple(state)
 
 
+def _range(*shape: int, axis: int | None = None) -> tuple[Tensor, ...]:
+    state = range_state(() if axis is None else (shape[axis],))
+    for factor in (1, 5):
+        _OPS.observe_range(_numbers(*shape) * factor, axis, 0.9, *state)
+    return tuple(state)
+
+
 def _histogram_range(rows: int) -> tuple[Tensor, ...]:
     edges = torch.arange(513).double().repeat(rows, 1) - 100
     counts = (_numbers(rows, 512).abs() * 100).round().double()
@@ -93,6 +100,7 @@ def _histogram_range(rows: int) -> tuple[Tensor, ...]:
 KERNELS: dict[str, list[Callable[[], tuple[Tensor, ...]]]] = {
     "to_codes": [lambda: _codes(LARGE + 3), lambda: _codes(6, 70, 1300, axis=1)],
     "observe_histogram": [lambda: _histogram(LARGE + 3), lambda: _histogram(9, 64, 1000, axis=1)],
+    "observe_range": [lambda: _range(LARGE + 3), lambda: _range(9, 64, 1000, axis=1)],
     "histogram_range": [lambda: _histogram_range(7)],
 }
 KERNELS["from_codes"] = KERNELS["to_codes"]

@@ -12,31 +12,12 @@
 #include <atomic>
 #include <vector>
 
-#include "../common/check_args.h"
-#include "../common/layout.h"
 #include "../numerics/histogram.h"
-#include "channel_params.h"
 #include "histogram_loops.h"
-#include "parallel.h"
+#include "observed_values.h"
 
 namespace quantkern::cpu {
 namespace {
-
-struct Values {
-  DType dtype;
-  const void* data;
-  Layout layout;
-
-  // f(begin, end) of every stretch of a row, until one says false.
-  template <class F>
-  bool every_stretch(int64_t row, const F& f) const {
-    for (int64_t o = 0; o < layout.outer; ++o) {
-      const int64_t begin = (o * layout.channels + row) * layout.inner;
-      if (!f(begin, begin + layout.inner)) return false;
-    }
-    return true;
-  }
-};
 
 struct State {
   float *low, *high;
@@ -97,22 +78,6 @@ bool count_tensor(const Values& x, const State& state) {
   return true;
 }
 
-// The range of a row; false where there is NaN or an infinity.
-bool row_range(const Values& x, int64_t row, Range& range) {
-  return x.every_stretch(
-      row, [&](int64_t begin, int64_t end) { return histogram_loops().extremes(x.dtype, x.data, begin, end, range); });
-}
-
-bool tensor_range(const Values& x, Range& range) {
-  std::vector<Range> ranges(at::get_num_threads(), empty_range());
-  std::atomic<bool> finite{true};
-  for_stretches(x.layout.inner, [&](int64_t begin, int64_t end) {
-    if (!histogram_loops().extremes(x.dtype, x.data, begin, end, ranges[at::get_thread_num()])) finite = false;
-  });
-  for (const Range& part : ranges) range = merge(range, part);
-  return finite;
-}
-
 bool observe_tensor(const Values& x, const State& state) {
   if (count_tensor(x, state)) return true;
   Range range = empty_range();
@@ -124,13 +89,8 @@ bool observe_tensor(const Values& x, const State& state) {
 
 bool observe_rows(const Values& x, const State& state) {
   std::vector<Range> ranges(state.rows, empty_range());
-  std::atomic<bool> finite{true};
+  if (!row_ranges(x, ranges)) return false;
   const int64_t grain = std::max<int64_t>(1, kGrain / (x.layout.outer * x.layout.inner));
-  at::parallel_for(0, state.rows, grain, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row)
-      if (!row_range(x, row, ranges[row])) finite = false;
-  });
-  if (!finite) return false;
   at::parallel_for(0, state.rows, grain, [&](int64_t first, int64_t last) {
     std::vector<uint32_t> counters;
     for (int64_t row = first; row < last; ++row) {
@@ -145,12 +105,6 @@ bool observe_rows(const Values& x, const State& state) {
     }
   });
   return true;
-}
-
-void check_counts(const at::Tensor& value, c10::IntArrayRef sizes, at::ScalarType dtype, const char* name) {
-  check_dtype(value, dtype, name);
-  TORCH_CHECK_VALUE(value.sizes() == sizes && value.is_contiguous() && value.is_cpu(), name, " must be contiguous, ",
-                    "on the CPU and of shape ", sizes, ", got shape ", value.sizes(), " on ", value.device());
 }
 
 void observe_histogram_cpu(const at::Tensor& x, std::optional<int64_t> axis, at::Tensor& low, at::Tensor& high,
@@ -169,14 +123,7 @@ void observe_histogram_cpu(const at::Tensor& x, std::optional<int64_t> axis, at:
   check_counts(batches, {}, at::kLong, "batches");
   check_counts(spoiled, {}, at::kLong, "spoiled");
   if (x.numel() == 0) return;
-  const at::Tensor real = x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x;
-  at::Tensor dense = dense_in_out(real).in;
-  Layout layout = layout_of(dense, axis);
-  if (rows > 1 && layout.inner < kShortRow) {
-    dense = dense.movedim(*axis, 0).contiguous();
-    layout = layout_of(dense, 0);
-  }
-  const Values values{dtype_of(dense), dense.const_data_ptr(), layout};
+  const Values values = values_of(x, axis);
   const State state{low.mutable_data_ptr<float>(),
                     high.mutable_data_ptr<float>(),
                     counts.mutable_data_ptr<int64_t>(),

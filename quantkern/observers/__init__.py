@@ -1,9 +1,8 @@
 """What is remembered of a tensor over many batches, and the scale and zero point that follow from it.
 
-Observing is a few torch operations on the tensor's device, which never wait for it; for histograms on the CPU it is one
-of our own. A histogram has a fixed number of bins whose width is a power of two and whose edges are
-multiples of it: when the range grows, bins are merged, so the counts are exact and do not depend on the order of the
-batches.
+Observing is a few torch operations on the tensor's device, which never wait for it; on the CPU it is one of our own.
+A histogram has a fixed number of bins whose width is a power of two and whose edges are multiples of it: when the range
+grows, bins are merged, so the counts are exact and do not depend on the order of the batches.
 """
 
 from __future__ import annotations

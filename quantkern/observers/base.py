@@ -63,7 +63,7 @@ def usable_scale(scale: Tensor) -> Tensor:
 
 
 def has_loops(x: Tensor) -> bool:
-    """Whether histograms of x have a loop of their own, instead of operations of torch."""
+    """Whether observing x has a loop of its own, instead of operations of torch."""
     return x.device.type == "cpu" and resolve(x, Backend.AUTO) is Backend.NATIVE
 
 

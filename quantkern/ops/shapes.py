@@ -265,6 +265,10 @@ torch.library.register_fake("quantkern::binarize", _binarize)
 torch.library.register_fake("quantkern::binarize_forward", _shapes_of)
 
 
+def _observe_range(x: Tensor, axis: int | None, ema_decay: float | None, *state: Tensor) -> None:
+    _observe_histogram(x, axis, *state)
+
+
 def _observe_histogram(x: Tensor, axis: int | None, *state: Tensor) -> None:
     for value in state:
         check_device(value, x, "the state")
@@ -276,5 +280,6 @@ def _histogram_range(
     return torch.empty_like(low), torch.empty_like(low)
 
 
+torch.library.register_fake("quantkern::observe_range", _observe_range)
 torch.library.register_fake("quantkern::observe_histogram", _observe_histogram)
 torch.library.register_fake("quantkern::histogram_range", _histogram_range)
