@@ -6,9 +6,10 @@ import torch
 
 
 def is_exporting() -> bool:
-    """As torch.compiler.is_exporting(), which in a graph of torch.compile says yes in torch 2.11 and 2.12.
+    """As torch.compiler.is_exporting(), which in a graph of torch.compile says yes in torch 2.11.
 
     >>> is_exporting()
     False
     """
-    return bool(torch.compiler._is_exporting_flag)
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
