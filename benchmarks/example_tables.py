@@ -1,9 +1,10 @@
-"""README's tables of what the examples have reached."""
+"""Tables of what the examples have reached, and of random trials."""
 
 from __future__ import annotations
 
 import json
 import statistics
+from typing import Any
 
 from benchmarks import harness, tables
 from benchmarks.tables import markdown
@@ -86,3 +87,20 @@ def deployed(name: str) -> str:
         what = f"ms for a batch of {one['batch']} on {one['threads']} thread(s): float32, int8"
         facts.append([what, times])
     return "\n".join([told, "", *markdown(["", ""], facts)]) + "\n"
+
+
+def trials(name: str) -> str:
+    """The markdown table of a long run of tests/fuzz.py."""
+    document = json.loads((harness.RESULTS / f"{name}.json").read_text())
+    tallies: dict[str, dict[str, Any]] = document["tallies"]
+    tried, failed = (sum(one[key] for one in tallies.values()) for key in ("tried", "failed"))
+    told = (
+        f"{tried:,} cases, {failed} failed: {document['machine']['cpu']}, {document['arguments']['backend']} kernels, "
+        f"torch {document['versions']['torch']}, commit {document['commit']['hash'][:10]}, {document['date'][:10]}, "
+        f"seed {document['arguments']['seed']}."
+    )
+    heads = [document["fuzz"], "cases", "refused, as they must be", "failed"]
+    rows = [
+        [f"`{key}`", *(f"{one[part]:,}" for part in ("tried", "refused", "failed"))] for key, one in tallies.items()
+    ]
+    return "\n".join([told, "", *markdown(heads, rows)]) + "\n"

@@ -1,4 +1,4 @@
-"""Puts the measured tables into README.md, from the files in benchmarks/results and nowhere else.
+"""Puts the measured tables into README.md and docs/trust.md, from the files in benchmarks/results and nowhere else.
 
     python -m benchmarks.report
 
@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import environment, harness, tables
-from benchmarks.example_tables import accuracy, calibrated, deployed
+from benchmarks.example_tables import accuracy, calibrated, deployed, trials
 
-README = environment.ROOT / "README.md"
+PAGES = (environment.ROOT / "README.md", environment.ROOT / "docs" / "trust.md")
 SHAPES = ("act-64x56", "weight-512", "weight-64", "tiny-16")
 """The shapes of the table: a large activation, a large and a small weight, the cost of a call."""
 SHOWN = {
@@ -296,12 +296,12 @@ def observer_table(document: dict[str, Any], results: Sequence[harness.Result]) 
     return "\n".join([told, "", *tables.markdown(heads, rows)]) + "\n"
 
 
-WRITERS = {"table": table, "accuracy": accuracy, "ptq": calibrated, "deployed": deployed}
+WRITERS = {"table": table, "accuracy": accuracy, "ptq": calibrated, "deployed": deployed, "trials": trials}
 """Who writes what stands behind a marker."""
 
 
 def update(text: str) -> str:
-    """README's text with every table whose results exist written anew."""
+    """The text of a page with every table whose results exist written anew."""
 
     def fill(found: re.Match[str]) -> str:
         kind, name = found.groups()
@@ -312,4 +312,5 @@ def update(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(update(README.read_text()))
+    for page in PAGES:
+        page.write_text(update(page.read_text()))

@@ -10,6 +10,7 @@ import argparse
 import json
 import secrets
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,11 +31,14 @@ from random_models import QUANTIZERS  # noqa: E402
 from strategies import Draw, RandomDraw, pick  # noqa: E402
 from trials import check  # noqa: E402
 
-from benchmarks.harness import environment  # noqa: E402
+from benchmarks.environment import environment  # noqa: E402
 from quantkern import _C, Backend, files  # noqa: E402
 
 CHUNK, SESSIONS = 50, 2
 """Cases of an operation, and of a quantizer, before it is another one's turn."""
+
+APART = 1 << 32
+"""How far the first seeds of processes lie apart."""
 
 SHOWN = 5
 """Failures of an operation that are kept and printed."""
@@ -122,6 +126,49 @@ def run(
     return tallies
 
 
+def run_processes(given: argparse.Namespace, seed: int) -> dict[str, Tally]:
+    """The cases of several processes together, each with seeds of its own."""
+    choices = [("--op", given.op), ("--quantizer", given.quantizer)]
+    same = ["--quantizers"] * given.quantizers + ["--device", given.device, "--backend", given.backend]
+    same += [word for name, values in choices for value in values or [] for word in (name, value)]
+    limits = [("--minutes", given.minutes), ("--cases", given.cases)]
+    same += [word for name, value in limits if value is not None for word in (name, str(value))]
+    with tempfile.TemporaryDirectory() as folder:
+        reports = [Path(folder) / f"{number}.json" for number in range(given.jobs)]
+        children = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "tests.fuzz",
+                    *same,
+                    "--seed",
+                    str(seed + number * APART),
+                    "--json",
+                    str(report),
+                ],
+                cwd=ROOT,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
+            )
+            for number, report in enumerate(reports)
+        ]
+        try:
+            for child in children:
+                child.wait()
+        except KeyboardInterrupt:
+            for child in children:
+                child.terminate()
+            for child in children:
+                child.wait()
+        found = [json.loads(report.read_text())["tallies"] for report in reports]
+    tallies = {name: Tally(**tally) for name, tally in found[0].items()}
+    for others in found[1:]:
+        for name, other in others.items():
+            for key, value in other.items():
+                setattr(tallies[name], key, getattr(tallies[name], key) + value)
+    return tallies
+
+
 def total_failed(tallies: dict[str, Tally]) -> int:
     """Of all operations."""
     return sum(tally.failed for tally in tallies.values())
@@ -159,6 +206,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of the first case; the others follow (default: a random one)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the tensors lie")
     parser.add_argument("--backend", default="native", choices=["native", "triton"], help="what is compared")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once (default 1)")
     parser.add_argument("--json", type=Path, help="write counts, versions, commit and machine to this file")
     return parser.parse_args(arguments)
 
@@ -183,7 +231,10 @@ def main(arguments: list[str] | None = None) -> int:
         command = f"python -m tests.fuzz --device {given.device} --backend {given.backend} --op"
         backend = Backend(given.backend)
         case_of = {name: (operation(name, backend), f"{command} {name}") for name in given.op or every_draw()}
-    tallies = run(case_of, given.minutes, given.cases, seed, given.device, SESSIONS if given.quantizers else CHUNK)
+    if given.jobs > 1:
+        tallies = run_processes(given, seed)
+    else:
+        tallies = run(case_of, given.minutes, given.cases, seed, given.device, SESSIONS if given.quantizers else CHUNK)
     print_table(tallies)
     if given.json:
         write_report(given.json, tallies, {**vars(given), "json": str(given.json), "seed": seed})

@@ -124,6 +124,15 @@ def test_sessions_of_quantizers_run_and_are_counted(tmp_path: Path) -> None:
     assert {tally["tried"] for tally in json.loads(report.read_text())["tallies"].values()} == {2}
 
 
+def test_processes_try_cases_of_their_own_and_count_together(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    arguments = ["--op", "binarize", "--op", "lsq", "--cases", "7", "--jobs", "2", "--seed", "3", "--json", str(report)]
+    assert fuzz.main(arguments) == 0
+    document = json.loads(report.read_text())
+    assert {name: tally["tried"] for name, tally in document["tallies"].items()} == {"binarize": 14, "lsq": 14}
+    assert document["arguments"]["seed"] == 3
+
+
 def test_float64_tells_when_kernel_and_reference_are_wrong_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """The grid moved by a quarter step on both sides: only the oracle can see it."""
     right = reference.quantize
