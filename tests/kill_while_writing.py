@@ -133,6 +133,14 @@ def unfinished(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name.startswith(UNFINISHED)]
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a file is being written just now; the folder may be gone before it is looked into."""
+    try:
+        return any(any(left.iterdir()) for left in unfinished(folder))
+    except FileNotFoundError:
+        return False
+
+
 def kill_at_random(folder: Path, kind: str, kills: int, seed: int) -> dict[str, object]:
     """See above. Half of the children are killed some time after they began, half after their file has appeared."""
     write, read = KINDS[kind]
@@ -150,7 +158,7 @@ def kill_at_random(folder: Path, kind: str, kills: int, seed: int) -> dict[str, 
         if number % 2:
             time.sleep(chance.uniform(0, longest))
         else:
-            while not any(any(left.iterdir()) for left in unfinished(folder)) and os.waitpid(child, os.WNOHANG)[0] == 0:
+            while not has_begun(folder) and os.waitpid(child, os.WNOHANG)[0] == 0:
                 time.sleep(0)
             time.sleep(min(longest, 0.05) * 10 ** chance.uniform(-4, -0.5))
         try:
