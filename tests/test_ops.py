@@ -201,7 +201,11 @@ def test_inductor_equals_eager(spec: OpSpec) -> None:
     other = x.clone().requires_grad_()
     expected = sample.run(other, Backend.NATIVE)
     (expected_dx,) = torch.autograd.grad(expected[0], other, grad)
-    assert_same((*(r.detach() for r in results), dx), (*(r.detach() for r in expected), expected_dx))
+    assert_same(tuple(r.detach() for r in results), tuple(r.detach() for r in expected))
+    if sample.name == "layer":  # torch's own product or convolution, whose sums the compiler may order in its way
+        torch.testing.assert_close(dx, expected_dx, rtol=1e-4, atol=1e-5)
+    else:
+        assert_same((dx,), (expected_dx,))
 
 
 BAD = [pytest.param(bad, id=f"{spec.name}-{bad.name}") for spec in SPECS for bad in spec.bad]
